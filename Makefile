@@ -1,0 +1,96 @@
+# make validate   the agreement run: both operations, both frameworks, on real text, against a float64 oracle
+# make test       the tests
+#
+# Each makes .venv from $(PYTHON) when it is missing or out of date, then runs; a second call starts at once.
+# With an environment that already has the packages (a GPU machine without a registry), nothing is installed:
+#   make validate VENV= PYTHON=python3
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV312 ?= .venv312
+PYTEST_ARGS ?=
+VALIDATE_ARGS ?=
+
+export PYTHONPATH := $(CURDIR)
+
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-input --progress-bar off
+# Prints the requirements of the named extras, so that they can be installed before the project itself is built
+REQUIREMENTS := -c 'import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*sum((p["optional-dependencies"][x] for x in sys.argv[1:]), p["dependencies"]), sep="\n")'
+EXTRAS := build jax torch bridge validate test lint notebooks
+EXTRAS312 := build jax validate test
+EXTENSION := $(wildcard setup.py) $(shell find torch_power/csrc -type f 2>/dev/null)
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.project
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help validate test test-gpu test-jax312 lint types notebooks wheel ci clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make validate | test | test-gpu | test-jax312 | lint | types | notebooks | wheel | ci | clean   (README.md explains)"
+
+$(VENV)/.packages: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}: set PYTHON=")'
+	@echo "Making $(VENV) (a few minutes the first time)"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python $(REQUIREMENTS) $(EXTRAS) > $(VENV)/requirements.txt
+	@$(VENV)/bin/python $(PIP_INSTALL) --constraint constraints.txt --requirement $(VENV)/requirements.txt
+	@touch $@
+
+# Not isolated, so that the compiled operators are built against the torch that was just installed
+$(VENV)/.project: $(VENV)/.packages $(EXTENSION)
+	@$(VENV)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+validate: $(READY)
+	$(PY) -m bridge.validate $(VALIDATE_ARGS)
+
+test: $(READY)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-gpu: $(READY)
+	$(PY) -m pytest tests/gpu $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+
+types: $(READY)
+	$(PY) -m mypy
+
+notebooks: $(READY)
+	$(PY) -m jupyter execute --timeout=120 notebooks/*.ipynb
+
+wheel: $(READY)
+	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls -l dist/*.whl
+
+# The second leg: Python 3.12, a current JAX, no torch. A name on PATH is no proof that the interpreter runs (pyenv's shims), so each is tried.
+PYTHON312 ?= $(shell for p in python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12*/bin/python /usr/local/bin/python3.12 /usr/bin/python3.12; do \
+	"$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo "$$p" && break; done)
+
+test-jax312:
+	@python312="$(PYTHON312)"; if [ -n "$$python312" ]; then \
+		$(MAKE) --no-print-directory PYTHON312="$$python312" $(VENV312)/.project && \
+		$(VENV312)/bin/python -m pytest $(PYTEST_ARGS); \
+	else echo "SKIPPED: the Python 3.12 leg, since no working python3.12 was found (PYTHON312=/path/to/python3.12 names one)"; fi
+
+$(VENV312)/.project: pyproject.toml constraints-py312.txt
+	@echo "Making $(VENV312) from $(PYTHON312)"
+	@test -x $(VENV312)/bin/python || $(PYTHON312) -m venv $(VENV312)
+	@$(VENV312)/bin/python $(REQUIREMENTS) $(EXTRAS312) > $(VENV312)/requirements.txt
+	@$(VENV312)/bin/python $(PIP_INSTALL) --constraint constraints-py312.txt --requirement $(VENV312)/requirements.txt
+	@touch $@
+
+ci:
+	bash .ci/run
+
+clean:
+	rm -rf $(VENV) $(VENV312) build dist out *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
