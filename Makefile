@@ -18,7 +18,6 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-input --p
 REQUIREMENTS := -c 'import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	print(*sum((p["optional-dependencies"][x] for x in sys.argv[1:]), p["dependencies"]), sep="\n")'
 EXTRAS := build jax torch bridge validate test lint notebooks
-EXTRAS312 := build jax validate test
 EXTENSION := $(wildcard setup.py) $(shell find torch_power/csrc -type f 2>/dev/null)
 
 ifeq ($(strip $(VENV)),)
@@ -84,8 +83,7 @@ test-jax312:
 $(VENV312)/.project: pyproject.toml constraints-py312.txt
 	@echo "Making $(VENV312) from $(PYTHON312)"
 	@test -x $(VENV312)/bin/python || $(PYTHON312) -m venv $(VENV312)
-	@$(VENV312)/bin/python $(REQUIREMENTS) $(EXTRAS312) > $(VENV312)/requirements.txt
-	@$(VENV312)/bin/python $(PIP_INSTALL) --constraint constraints-py312.txt --requirement $(VENV312)/requirements.txt
+	@$(VENV312)/bin/python $(PIP_INSTALL) --constraint constraints-py312.txt --editable '.[jax,test]'
 	@touch $@
 
 ci:

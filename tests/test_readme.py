@@ -1,0 +1,59 @@
+"""The README's examples run as they stand, and its numbers are the library's."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from bridge import cases, spec
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
+
+
+def cells(heading: str) -> list[list[str]]:
+    """The rows of the first table after `heading`, without its head."""
+    table = re.search(r"(?:^\|.*\n)+", TEXT[TEXT.index(heading) :], flags=re.MULTILINE)
+    assert table is not None
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[0].splitlines()[2:]]
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_example_runs(number):
+    for framework in ("jax", "torch"):
+        if f"import {framework}" in BLOCKS[number] and importlib.util.find_spec(framework) is None:
+            pytest.skip(f"needs {framework}, which is not installed")
+    command = [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", BLOCKS[number]]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_there_are_examples_for_everyone():
+    for name in ("jax_power", "torch_power", "bridge", "torch_power.compat"):
+        assert any(re.search(rf"(import|from) {re.escape(name)}\b", block) for block in BLOCKS), name
+
+
+def test_state_sizes():
+    rows = cells("## How large the state is")
+    assert [int(row[0]) for row in rows] == [2, 4, 6]
+    for p, exact, tiled, total in rows:
+        size = spec.state_size(64, 65, int(p), itemsize=2)
+        assert int(exact.replace(",", "")) == size.exact_rows
+        assert tiled == (f"{size.rows:,}" if int(p) in spec.POWER_TILE else "–")
+        number, unit = total.split()
+        printed = f"{12 * 12 * size.exact_bytes / {'MB': 1e6, 'GB': 1e9, 'TB': 1e12}[unit]:.2g}"
+        assert number == printed
+
+
+def test_bounds():
+    """The table of errors is the one that the tests hold the portable implementations to."""
+    for dtype, y, gradients, dlog_g, state in cells("## Errors and accuracy"):
+        bounds = cases.bounds(dtype, "xla")
+        table = {"y": y, **dict.fromkeys(("dq", "dk", "dv"), gradients), "dlog_g": dlog_g, **dict.fromkeys("sz", state)}
+        assert {name: float(printed) for name, printed in table.items()} == {name: bounds[name] for name in table}, dtype
