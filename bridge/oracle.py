@@ -44,12 +44,12 @@ def sympow(x: Float64[np.ndarray, "... d"], deg: int) -> Float64[np.ndarray, "..
     """φ_p(x): for every tile tuple I_1 ≤ … ≤ I_p, in order, the flattened outer product x[I_1] ⊗ … ⊗ x[I_p]."""
     x = np.asarray(x, np.float64)
     tile = spec.check_head_size(x.shape[-1], deg)
-    tiles = x.reshape(*x.shape[:-1], -1, tile)
+    tiles = x.reshape(*x.shape[:-1], x.shape[-1] // tile, tile)
     blocks = []
     for tile_tuple in spec.tile_tuples(x.shape[-1], deg):
         block = np.ones((*x.shape[:-1], 1))
         for index in tile_tuple:
-            block = (block[..., :, None] * tiles[..., None, index, :]).reshape(*x.shape[:-1], -1)
+            block = (block[..., :, None] * tiles[..., None, index, :]).reshape(*x.shape[:-1], tile * block.shape[-1])
         blocks.append(block)
     return np.concatenate(blocks, -1)
 
@@ -57,9 +57,9 @@ def sympow(x: Float64[np.ndarray, "... d"], deg: int) -> Float64[np.ndarray, "..
 def sympow_transposed_jacobian(x: np.ndarray, dphi: np.ndarray, deg: int) -> np.ndarray:
     """Σ_r dφ_r ∂φ_r/∂x for dφ `[..., D]`: the gradient that reaches x `[..., d]` through φ(x)."""
     d, tile = x.shape[-1], spec.POWER_TILE[deg]
-    tiles, dx = x.reshape(*x.shape[:-1], -1, tile), np.zeros((*x.shape[:-1], d // tile, tile))
+    tiles, dx = x.reshape(*x.shape[:-1], d // tile, tile), np.zeros((*x.shape[:-1], d // tile, tile))
     letters = "abcd"[:deg]
-    blocks = dphi.reshape(*x.shape[:-1], -1, *[tile] * deg)
+    blocks = dphi.reshape(*x.shape[:-1], len(spec.tile_tuples(d, deg)), *[tile] * deg)
     for n, tile_tuple in enumerate(spec.tile_tuples(d, deg)):
         for slot, index in enumerate(tile_tuple):
             others = [(tiles[..., tile_tuple[r], :], letters[r]) for r in range(deg) if r != slot]

@@ -134,6 +134,8 @@ class PowerCall:
     return_state: bool
     dtypes: tuple[str, str, str]
     compute_dtype: str
+    auto_form: bool = False
+    auto_chunk_size: bool = False
 
     @property
     def group(self) -> int:
@@ -269,13 +271,14 @@ def check_power(
         for name, x in (("initial_state.s", s), ("initial_state.z", z)):
             _check_float(name, x, ("float32", "float64") if compute_dtype == "float64" else ("float32",))
 
-    if form == "auto":
+    auto_form, auto_chunk_size = form == "auto", chunk_size is None
+    if auto_form:
         form = choose_form(t, t_kv, d, e, deg, causal=causal, with_state=has_state or return_state)
-    if chunk_size is None:
+    if auto_chunk_size:
         chunk_size = choose_chunk_size(t if causal else t_kv, d, e, deg, form)
     return PowerCall(
         b, t, t_kv, h_q, h_kv, d, e, deg, scale, causal, normalize, form, int(chunk_size),
-        log_g is not None, has_state, return_state, dtypes, compute_dtype,
+        log_g is not None, has_state, return_state, dtypes, compute_dtype, auto_form, auto_chunk_size,
     )  # fmt: skip
 
 
@@ -353,11 +356,20 @@ def choose_chunk_size(t: int, d: int, e: int, deg: int, form: str) -> int:
 
 
 class Implementation(NamedTuple):
-    """One way to compute an operation. `supports(call, device)` returns None, or the reason why it cannot serve the call."""
+    """One way to compute an operation.
+
+    Fields:
+      forward, backward: arrays in, arrays out (their signatures are those of the portable implementation).
+      supports: `supports(call, device)` returns None, or the reason why it cannot serve the call.
+      plan: replaces a choice that was left open (`auto_form`, `auto_chunk_size`) by what suits this implementation.
+      wide_output: forward returns y in the compute dtype, not yet rounded to the dtype of v.
+    """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     supports: Callable[[Any, str], str | None]
+    plan: Callable[[Any], Any] = lambda call: call
+    wide_output: bool = True
 
 
 class Choice:
@@ -371,6 +383,10 @@ class Choice:
         self._tables = tables
         self._in_force: contextvars.ContextVar[tuple[str, ...] | None] = contextvars.ContextVar("implementation", default=None)
 
+    def in_force(self) -> tuple[str, ...] | None:
+        """What the innermost `implementation` block asks for; None outside of any."""
+        return self._in_force.get()
+
     def names(self) -> tuple[str, ...]:
         """Every implementation name of every operation, in table order."""
         return tuple(dict.fromkeys(name for table in self._tables.values() for name in table))
@@ -380,7 +396,8 @@ class Choice:
         """Use one implementation, or the first that can of several, for every call in the block.
 
         Blocks nest, hold for the current thread (or task) alone, and are undone on errors. An `implementation=` argument
-        at the call overrides the block; None restores the automatic choice.
+        at the call overrides the block; None restores the automatic choice. A compiled function keeps the choice that was
+        in force when it was traced.
 
         Raises:
           ValueError: a name is not one of this package's implementations.
@@ -404,7 +421,7 @@ class Choice:
           NotImplementedError: none of those asked for can serve the call; the message gives each one's reason.
         """
         table = self._tables[operation]
-        asked = implementation if implementation is not None else self._in_force.get()
+        asked = implementation if implementation is not None else self.in_force()
         if asked is None:
             candidates = tuple(table)
         else:

@@ -1,0 +1,27 @@
+"""The tables of implementations of this package, and the one place that chooses from them."""
+
+from __future__ import annotations
+
+import torch
+
+from bridge import spec
+from torch_power import ops
+
+
+
+class _Choice(spec.Choice):
+    """`spec.Choice`, whose block `torch.compile` reads once, while tracing (it cannot trace a context variable)."""
+
+    def in_force(self) -> tuple[str, ...] | None:
+        return _in_force()
+
+
+CHOICE = _Choice({"power_attention": ops.POWER})
+
+
+@torch.compiler.assume_constant_result
+def _in_force() -> tuple[str, ...] | None:
+    return spec.Choice.in_force(CHOICE)
+
+
+implementation = CHOICE.implementation

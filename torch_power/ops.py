@@ -1,0 +1,190 @@
+"""Power attention as PyTorch operators: schemas, fakes, vmap and autograd around the table of implementations.
+
+Two raw operators, forward and backward, take the implementation's name, so that `torch.compile` and `torch.export` see one
+node whatever runs inside. They know no autograd (an operator with `register_autograd`, or a `custom_op`, fails under
+`torch.func`): `PowerAttention` ties them together for backward, `torch.func`, vmap and compilation.
+
+A raw operator cannot return None: where a result is absent, it returns a tensor of shape [0].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridge import spec
+from torch_power import eager
+
+# Best first: the first that supports a call serves it unless one is named.
+POWER: dict[str, spec.Implementation] = {
+    "eager": spec.Implementation(eager.power.forward, eager.power.backward, eager.power.supports),
+}
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, s0: Tensor | None, z0: Tensor | None, options: Sequence[Any]
+) -> tuple[spec.PowerCall, spec.Implementation]:
+    """Rebuild the checked call from an operator's arguments (already checked, so this raises nothing)."""
+    deg, scale, causal, normalize, form, chunk_size, return_state, implementation = options
+    call = spec.check_power(
+        q, k, v, log_g, deg=deg, scale=scale, causal=causal, normalize=normalize, form=form, chunk_size=chunk_size,
+        initial_state=None if s0 is None else (s0, z0), return_state=return_state,
+    )  # fmt: skip
+    return call, POWER[implementation]
+
+
+def _present(x: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if x is None else x
+
+
+def _operator(function: Callable[..., Any]) -> Any:
+    """Register `function` as the operator torch_power::<its name>, for every device, and return the operator."""
+    name = f"torch_power::{function.__name__}"
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(name, "CompositeExplicitAutograd", function)
+    return getattr(torch.ops.torch_power, function.__name__).default
+
+
+@_operator
+def power_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor | None,
+    s0: Tensor | None,
+    z0: Tensor | None,
+    deg: int,
+    scale: float,
+    causal: bool,
+    normalize: bool,
+    form: str,
+    chunk_size: int,
+    return_state: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, norm, s, z of a checked call; s and z have shape [0] unless `return_state`."""
+    options = deg, scale, causal, normalize, form, chunk_size, return_state, implementation
+    call, chosen = _call(q, k, v, log_g, s0, z0, options)
+    with torch.autocast(q.device.type, enabled=False):
+        y, norm, s, z = chosen.forward(call, q, k, v, log_g, s0, z0)
+    return y, norm, _present(s, norm), _present(z, norm)
+
+
+@torch.library.register_fake("torch_power::power_attention")
+def _(q, k, v, log_g, s0, z0, *options):
+    call, chosen = _call(q, k, v, log_g, s0, z0, options)
+    wide = getattr(torch, call.compute_dtype)
+    y = q.new_empty(call.b, call.t, call.h_q, call.e, dtype=wide if chosen.wide_output else v.dtype)
+    norm = q.new_empty(call.b, call.t, call.h_q, dtype=wide)
+    if not call.return_state:
+        return y, norm, norm.new_empty(0), norm.new_empty(0)
+    return y, norm, norm.new_empty(call.b, call.h_kv, call.rows, call.e), norm.new_empty(call.b, call.h_kv, call.rows)
+
+
+@_operator
+def power_attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor | None,
+    s0: Tensor | None,
+    z0: Tensor | None,
+    y: Tensor,
+    norm: Tensor,
+    dy: Tensor,
+    ds: Tensor | None,
+    dz: Tensor | None,
+    deg: int,
+    scale: float,
+    causal: bool,
+    normalize: bool,
+    form: str,
+    chunk_size: int,
+    return_state: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dlog_g, ds0, dz0 of a checked call; those of absent arguments have shape [0]."""
+    options = deg, scale, causal, normalize, form, chunk_size, return_state, implementation
+    call, chosen = _call(q, k, v, log_g, s0, z0, options)
+    with torch.autocast(q.device.type, enabled=False):
+        dq, dk, dv, *optional = chosen.backward(call, q, k, v, log_g, s0, z0, y, norm, dy, ds, dz)
+    return dq, dk, dv, *(_present(x, norm) for x in optional)
+
+
+@torch.library.register_fake("torch_power::power_attention_backward")
+def _(q, k, v, log_g, s0, z0, y, norm, dy, ds, dz, *options):
+    def like(x):
+        return norm.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    return tuple(like(x) for x in (q, k, v, log_g, s0, z0))
+
+
+def _fold_batch(operator: Any):
+    """vmap by folding the mapped axis into the batch, where every implementation is already parallel."""
+
+    def rule(info, in_dims, *args):
+        def fold(x, axis):
+            if not isinstance(x, Tensor):
+                return x
+            x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
+            return x.flatten(0, 1)
+
+        outputs = operator(*map(fold, args, in_dims))
+        batch = args[0].shape[0 if in_dims[0] is None else (1 if in_dims[0] == 0 else 0)]
+        unfolded = tuple(x if x.ndim == 1 else x.unflatten(0, (info.batch_size, batch)) for x in outputs)
+        return unfolded, tuple(None if x.ndim == 1 else 0 for x in outputs)
+
+    return rule
+
+
+torch.library.register_vmap("torch_power::power_attention", _fold_batch(power_attention))
+torch.library.register_vmap("torch_power::power_attention_backward", _fold_batch(power_attention_backward))
+
+
+class PowerAttentionBackward(torch.autograd.Function):
+    """The gradient, which has no gradient of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        return power_attention_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError("power_attention: second derivatives are not implemented; use jax_power, or first ones")
+
+
+class PowerAttention(torch.autograd.Function):
+    """Autograd of the two raw operators. y comes in the precision it was computed in; the caller rounds it to v's dtype."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q, k, v, log_g, s0, z0, *options):
+        return power_attention(q, k, v, log_g, s0, z0, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *arrays, ctx.return_state = *inputs[:6], inputs[12]
+        ctx.options = inputs[6:]
+        y, norm, s, z = output
+        ctx.mark_non_differentiable(norm, *(() if ctx.return_state else (s, z)))
+        ctx.save_for_backward(*arrays, y, norm)
+
+    @staticmethod
+    def backward(ctx, dy, _, ds, dz):
+        arrays = ctx.saved_tensors
+        dstate = (ds, dz) if ctx.return_state else (None, None)
+        # torch.compile cannot trace a Function inside another's backward; it has no second derivatives to guard against.
+        differentiate = power_attention_backward if torch.compiler.is_compiling() else PowerAttentionBackward.apply
+        grads = differentiate(*arrays, dy, *dstate, *ctx.options)
+        present = (None if x is None else dx for x, dx in zip(arrays[:6], grads, strict=True))
+        return *present, *[None] * len(ctx.options)
