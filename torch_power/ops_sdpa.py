@@ -1,0 +1,191 @@
+"""Scaled dot-product attention as PyTorch operators: schemas, fakes, vmap and autograd around the table of
+implementations.
+
+Two raw operators, forward and backward, take the implementation's name, so that `torch.compile` and `torch.export` see
+one node whatever runs inside. `Sdpa` ties them together for autograd and `torch.func`. Operands have four axes, head
+before time: q `[b, h_q, t, d]`, k `[b, h_kv, s, d]`, v `[b, h_kv, s, e]`, bias and mask `[b, h_q, t, s]` with axes of
+size 1 where they broadcast, seed `[b]` (one for each batch element, so that vmap may fold its axis into the batch and
+keep every element's bits).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridge import spec
+from bridge.spec_sdpa import SdpaCall
+from torch_power.eager import sdpa, sdpa_reference
+
+# Best first: the first that supports a call serves it unless one is named.
+SDPA: dict[str, spec.Implementation] = {
+    "eager": spec.Implementation(sdpa.forward, sdpa.backward, sdpa.supports),
+    "reference": spec.Implementation(sdpa_reference.forward, sdpa_reference.backward, sdpa_reference.supports),
+}
+
+
+def make_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    bias_grad: bool,
+) -> SdpaCall:
+    """The call that checked four-dimensional operands make."""
+    b, h_q, t, d = q.shape
+    return SdpaCall(
+        b=b, t=t, s=k.shape[2], h_q=h_q, h_kv=k.shape[1], d=d, e=v.shape[3], scale=scale, dtype=spec.dtype_name(q),
+        causal=causal, bias=None if bias is None else tuple(bias.shape), mask=None if mask is None else tuple(mask.shape),
+        bias_grad=bias_grad, dropout_p=dropout_p,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("torch_power::sdpa", mutates_args=())
+def sdpa_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    """out `[b, h_q, t, e]`, stored `[b, t, h_q, e]`, and the log-sum-exp of every row `[b, h_q, t]`."""
+    call = make_call(q, k, v, bias, mask, causal=causal, scale=scale, dropout_p=dropout_p, bias_grad=False)
+    with torch.autocast(q.device.type, enabled=False):
+        return SDPA[implementation].forward(call, q, k, v, bias, mask, seed)
+
+
+@sdpa_forward.register_fake
+def _(q, k, v, bias, mask, seed, causal, scale, dropout_p, implementation):
+    b, h_q, t, _ = q.shape
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_empty(b, t, h_q, v.shape[3], dtype=wide if SDPA[implementation].wide_output else v.dtype)
+    return out.transpose(1, 2), q.new_empty(b, h_q, t, dtype=wide)
+
+
+@torch.library.custom_op("torch_power::sdpa_backward", mutates_args=())
+def sdpa_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    bias_grad: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and dbias, contiguous; dbias has shape [0] unless `bias_grad`."""
+    call = make_call(q, k, v, bias, mask, causal=causal, scale=scale, dropout_p=dropout_p, bias_grad=bias_grad)
+    with torch.autocast(q.device.type, enabled=False):
+        dq, dk, dv, dbias = SDPA[implementation].backward(call, q, k, v, bias, mask, seed, out, lse, dout)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous(), lse.new_empty(0) if dbias is None else dbias.contiguous()
+
+
+@sdpa_backward.register_fake
+def _(q, k, v, bias, mask, seed, out, lse, dout, causal, scale, dropout_p, bias_grad, implementation):
+    grads = (x.new_empty(x.shape) for x in (q, k, v))
+    return *grads, bias.new_empty(bias.shape) if bias_grad else lse.new_empty(0)
+
+
+def _fold(size: int, args: Any, in_dims: Any, *, whole_batch: frozenset[int] = frozenset()) -> list[Any]:
+    """Fold the mapped axis of every tensor in `args` into its batch axis, the first.
+
+    A bias or mask that is neither mapped nor has a batch axis keeps its batch size 1. Where its gradient is wanted (its
+    index is in `whole_batch`) it is given every batch element of its own instead.
+    """
+    batch = args[0].shape[0] if in_dims[0] is None else args[0].movedim(in_dims[0], 0).shape[1]
+    folded = list(args)
+    for index, (x, axis) in enumerate(zip(args, in_dims, strict=True)):
+        if not isinstance(x, Tensor):
+            continue
+        if axis is None and x.shape[0] == 1 and index in (3, 4) and index not in whole_batch:
+            continue
+        x = x.unsqueeze(0).expand(size, *x.shape) if axis is None else x.movedim(axis, 0)
+        folded[index] = x.expand(size, batch, *x.shape[2:]).flatten(0, 1)
+    return folded
+
+
+@sdpa_forward.register_vmap
+def _(info, in_dims, *args):
+    out, lse = sdpa_forward(*_fold(info.batch_size, args, in_dims))
+    return (out.unflatten(0, (info.batch_size, -1)), lse.unflatten(0, (info.batch_size, -1))), (0, 0)
+
+
+@sdpa_backward.register_vmap
+def _(info, in_dims, *args):
+    bias, bias_grad = args[3], args[12]
+    dq, dk, dv, dbias = sdpa_backward(
+        *_fold(info.batch_size, args, in_dims, whole_batch=frozenset({3} if bias_grad else {}))
+    )
+    dq, dk, dv = (x.unflatten(0, (info.batch_size, -1)) for x in (dq, dk, dv))
+    if not bias_grad:
+        return (dq, dk, dv, dbias), (0, 0, 0, None)
+    dbias = dbias.unflatten(0, (info.batch_size, -1))
+    shared = bias.shape[0] == 1 if in_dims[3] is None else bias.movedim(in_dims[3], 0).shape[1] == 1
+    return (dq, dk, dv, dbias.sum(1, keepdim=True) if shared else dbias), (0, 0, 0, 0)
+
+
+class Sdpa(torch.autograd.Function):
+    """Autograd of the two raw operators. out comes in the precision it was computed in; the caller rounds it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q, k, v, bias, mask, seed, causal, scale, dropout_p, implementation):
+        return sdpa_forward(q, k, v, bias, mask, seed, causal, scale, dropout_p, implementation)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *arrays, ctx.causal, ctx.scale, ctx.dropout_p, ctx.implementation = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(*arrays, out, lse)
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        bias_grad = ctx.saved_tensors[3] is not None and ctx.needs_input_grad[3]
+        dq, dk, dv, dbias = SdpaBackward.apply(
+            *ctx.saved_tensors, dout, ctx.causal, ctx.scale, ctx.dropout_p, bias_grad, ctx.implementation
+        )
+        return dq, dk, dv, dbias if bias_grad else None, None, None, None, None, None, None
+
+
+class SdpaBackward(torch.autograd.Function):
+    """The raw backward operator, wrapped because `torch.func` differentiates whatever runs inside its `grad`: it peels
+    its levels off an `autograd.Function`, while it cannot enter a custom operator."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q, k, v, bias, mask, seed, out, lse, dout, causal, scale, dropout_p, bias_grad, implementation):
+        return sdpa_backward(
+            q, k, v, bias, mask, seed, out, lse, dout, causal, scale, dropout_p, bias_grad, implementation
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "scaled_dot_product_attention: a second derivative is not implemented; "
+            "torch.nn.functional.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH) has one"
+        )
