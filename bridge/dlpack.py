@@ -66,7 +66,7 @@ def to_torch(tree: Any, *, copy: Copy = None, device: torch.device | str | None 
     """
     _check_copy("to_torch", copy)
     target = None if device is None else _torch_device(device)
-    return _map("to_torch", tree, lambda where, leaf: _array_to_torch(where, leaf, copy, target))
+    return _map("to_torch", tree, lambda where, leaf: array_to_torch(where, leaf, copy, target))
 
 
 def to_jax(tree: Any, *, copy: Copy = None, device: jax.Device | str | None = None) -> Any:
@@ -91,10 +91,11 @@ def to_jax(tree: Any, *, copy: Copy = None, device: jax.Device | str | None = No
     """
     _check_copy("to_jax", copy)
     target = None if device is None else _jax_device(device)
-    return _map("to_jax", tree, lambda where, leaf: _tensor_to_jax(where, leaf, copy, target))
+    return _map("to_jax", tree, lambda where, leaf: tensor_to_jax(where, leaf, copy, target))
 
 
-def _array_to_torch(where: str, x: Any, copy: Copy, device: torch.device | None) -> torch.Tensor:
+def array_to_torch(where: str, x: Any, copy: Copy = None, device: torch.device | None = None) -> torch.Tensor:
+    """One array, as `to_torch`; `where` is what messages call it."""
     import jax
     import torch
 
@@ -143,7 +144,8 @@ def _check_array(where: str, x: Any) -> None:
         )
 
 
-def _tensor_to_jax(where: str, x: Any, copy: Copy, device: jax.Device | None) -> jax.Array:
+def tensor_to_jax(where: str, x: Any, copy: Copy = None, device: jax.Device | None = None) -> jax.Array:
+    """One tensor, as `to_jax`; `where` is what messages call it."""
     import jax
 
     _check_tensor(where, x)
