@@ -338,16 +338,16 @@ def choose_form(t: int, t_kv: int, d: int, e: int, deg: int, *, causal: bool, wi
 
 
 def choose_chunk_size(t: int, d: int, e: int, deg: int, form: str) -> int:
-    """Chunk length of the portable implementations, a power of two, at most `t` rounded up to one.
+    """Chunk length of the portable implementations: `t` cut into equal pieces that are no longer than suits the form.
 
-    Features of a chunk are `chunk_size · D` numbers a head: the length is the largest that keeps them near 2^20 (4 MB of
-    float32), between 16 (below, matrix products degenerate) and 512 (above, the work inside a chunk dominates).
+    Features of a chunk are `chunk_size · D` numbers a head: the limit is the largest power of two that keeps them below 2^20
+    (4 MB of float32), between 16 (below, matrix products degenerate) and 512 (above, the work inside a chunk dominates).
     """
     if form == "attention":
         longest = ATTENTION_BLOCK
     else:
         longest = min(512, max(16, 2 ** int(math.log2(2**20 / state_rows(d, deg)))))
-    return max(1, min(longest, 2 ** math.ceil(math.log2(max(t, 1)))))
+    return max(1, -(-t // max(1, -(-t // longest))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

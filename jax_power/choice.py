@@ -1,0 +1,10 @@
+"""The tables of implementations of this package, and the one place that chooses from them."""
+
+from __future__ import annotations
+
+from bridge import spec
+from jax_power import ops
+
+CHOICE = spec.Choice({"power_attention": ops.POWER})
+
+implementation = CHOICE.implementation

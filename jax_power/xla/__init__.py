@@ -1,0 +1,5 @@
+"""The portable implementation: plain XLA, any device."""
+
+from jax_power.xla import power
+
+__all__ = ["power"]
