@@ -387,9 +387,10 @@ class Choice:
         """What the innermost `implementation` block asks for; None outside of any."""
         return self._in_force.get()
 
-    def names(self) -> tuple[str, ...]:
-        """Every implementation name of every operation, in table order."""
-        return tuple(dict.fromkeys(name for table in self._tables.values() for name in table))
+    def names(self, operation: str | None = None) -> tuple[str, ...]:
+        """Implementation names of one operation, best first, or of all."""
+        tables = self._tables.values() if operation is None else [self._tables[operation]]
+        return tuple(dict.fromkeys(name for table in tables for name in table))
 
     @contextlib.contextmanager
     def implementation(self, names: str | Sequence[str] | None) -> Iterator[None]:
