@@ -93,7 +93,11 @@ def jax_to_torch(function: Callable[..., Any]) -> Callable[..., Any]:
             torch.is_grad_enabled() and x.requires_grad and (x.is_floating_point() or x.is_complex()) for x in tensors
         )
         record = _Record(name, compiled, dataclasses.replace(call, wanted=wanted), _x64())
-        results = _functions().Forward.apply(record, *tensors)
+        # Empty pieces of the differentiated tensors. The gradient takes them as arguments, so that it is seen to depend
+        # on those tensors even where it saves nothing of them: differentiating it must raise, not give zero.
+        anchors = [torch.atleast_1d(x)[..., :0].clone() for x, want in zip(tensors, wanted, strict=True) if want]
+        results = _functions().Forward.apply(record, *tensors, *anchors)
+        record.own = []  # saved by now, once per level of torch.func; PyTorch alone decides how long they live
         return jax.tree_util.tree_unflatten(record.results, results)
 
     return wrapper
@@ -180,7 +184,7 @@ class _Record:
     x64: bool
     results: Any = None  # the structure of the results
     pullback: Any = None
-    own: list[Any] = dataclasses.field(default_factory=list)  # residuals, from forward to setup_context only
+    own: list[Any] = dataclasses.field(default_factory=list)  # residuals, on their way to save_for_backward
     opaque: dict[int, Any] = dataclasses.field(default_factory=dict)  # residuals that PyTorch cannot hold, by place
 
 
@@ -191,10 +195,11 @@ def _functions() -> types.SimpleNamespace:
     import torch
 
     class Forward(torch.autograd.Function):
-        """(record, *tensors) -> flat results."""
+        """(record, *tensors, *anchors) -> flat results."""
 
         @staticmethod
-        def forward(record: _Record, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def forward(record: _Record, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            tensors = inputs[: len(record.call.wanted)]
             arrays = [tensor_to_jax(f"{record.name}: tensor {i}", x.detach()) for i, x in enumerate(tensors)]
             if any(record.call.wanted):
                 results, own, record.pullback = record.compiled.run_and_save(record.call, arrays)
@@ -207,42 +212,45 @@ def _functions() -> types.SimpleNamespace:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-            record, *tensors = inputs
-            ctx.record = record
+            record, tensors = inputs[0], inputs[1 : 1 + len(inputs[0].call.wanted)]
+            ctx.record, anchors = record, inputs[1 + len(tensors) :]
             ctx.mark_non_differentiable(*(x for x in output if not (x.is_floating_point() or x.is_complex())))
-            # torch.func.grad comes here twice, first for the level below, which needs no gradient.
-            if record.pullback is not None and any(ctx.needs_input_grad):
+            if record.pullback is not None:
                 known = [*tensors, *output]
-                ctx.save_for_backward(*(known[i] for i in record.pullback.func.shared), *record.own)
-                record.own = []  # from here on PyTorch alone decides how long they live
+                shared = [known[i] for i in record.pullback.func.shared]
+                ctx.save_for_backward(*shared, *record.own, *anchors)
 
         @staticmethod
         def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            saved = ctx.saved_tensors
+            wanted = ctx.record.call.wanted
             inexact = [x for x in cotangents if x.is_floating_point() or x.is_complex()]
-            gradients = iter(Backward.apply(ctx.record, len(saved), *saved, *inexact))
-            return (None, *(next(gradients) if want else None for want in ctx.record.call.wanted))
+            gradients = iter(Backward.apply(ctx.record, len(inexact), *inexact, *ctx.saved_tensors))
+            return (None, *(next(gradients) if want else None for want in wanted), *(None for _ in range(sum(wanted))))
 
         @staticmethod
-        def vmap(_: Any, in_dims: tuple[int | None, ...], record: _Record, *tensors: torch.Tensor) -> Any:
+        def vmap(_: Any, in_dims: tuple[int | None, ...], record: _Record, *inputs: torch.Tensor) -> Any:
             # The tensors' batch axes become axes of `jax.vmap`; a new record, since its gradient is another function.
-            call = dataclasses.replace(record.call, vmaps=(*record.call.vmaps, tuple(in_dims[1:])))
+            call = dataclasses.replace(
+                record.call, vmaps=(*record.call.vmaps, in_dims[1 : 1 + len(record.call.wanted)])
+            )
             batched = _Record(record.name, record.compiled, call, record.x64)
-            results = Forward.apply(batched, *tensors)
+            results = Forward.apply(batched, *inputs)
+            batched.own = []
             record.results = batched.results
             return results, (0,) * len(results)
 
     class Backward(torch.autograd.Function):
-        """(record, number of saved tensors, *saved, *cotangents) -> gradients of the wanted tensors."""
+        """(record, number of cotangents, *cotangents, *saved, *anchors) -> gradients of the wanted tensors."""
 
         @staticmethod
-        def forward(record: _Record, n_saved: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def forward(record: _Record, n: int, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            tensors = inputs[: len(inputs) - sum(record.call.wanted)]
             with jax.enable_x64(record.x64):
                 arrays = [tensor_to_jax(f"{record.name}: gradient", x.detach()) for x in tensors]
-                saved = arrays[:n_saved]
+                saved = arrays[n:]
                 for place, residual in record.opaque.items():
                     saved.insert(len(record.pullback.func.shared) + place, residual)
-                gradients = record.compiled.pull_back(record.pullback, saved, arrays[n_saved:])
+                gradients = record.compiled.pull_back(record.pullback, saved, arrays[:n])
             return _unshared(record.name, gradients, tensors)
 
         @staticmethod
