@@ -83,6 +83,7 @@ typedef struct PowerAttentionShape {
 /* Axes: q, y, dq, dy [b, t, h_q, d or e];  k, v, dk, dv [b, t_kv, h_kv, d or e];  log_g, dlog_g [b, t, h_kv];
  * s, s0, ds, ds0 [b, h_kv, D, e];  z, z0, dz, dz0 [b, h_kv, D];  norm [b, t, h_q]. D = state rows for (d, deg).
  * log_g, states, norm and their gradients are float32, or float64 when `dtype` is.
+ * y and dy are float32 (float64) as well where an implementation leaves the rounding to its caller, as the CPU's does.
  * norm: the row normaliser of the row q' the kernel worked with (q times a power of two with normalize = 1); opaque to the
  * caller, handed from forward to backward of the same implementation. */
 typedef struct PowerAttentionArrays {
@@ -104,21 +105,23 @@ POWER_API int32_t power_attention_backward_cpu(const PowerAttentionShape *, cons
 typedef struct PowerSdpaShape {
   int64_t b, h_q, h_kv, t_q, t_kv, d, e;
   double scale;
-  double dropout_p; /* in [0, 1); 0: seed is not read */
-  uint64_t seed;    /* of the counter-based generator: element (b, h, i, j) is kept or dropped as a function of it alone */
+  double dropout_p; /* in [0, 1]; 0: the seeds are not read */
   int32_t dtype;    /* of q, k, v, out and their gradients */
   int32_t causal;   /* upper-left: key j is seen by query i when j ≤ i */
 } PowerSdpaShape;
 
-/* Axes: q, out, dq, dout [b, h_q, t_q, d or e];  k, v, dk, dv [b, h_kv, t_kv, d or e];  mask, dmask [b, h_q, t_q, t_kv]
- * (strides 0 where the mask is broadcast);  lse [b, h_q, t_q], float32 or float64: log Σ_j exp(score_ij), −inf for a row
- * that sees no key (its output is 0). A bool mask keeps where true; a float mask is added to the scores.
- * dmask has the mask's own strides: axes of stride 0 are summed over. */
+/* Axes: q, out, dq, dout [b, h_q, t_q, d or e];  k, v, dk, dv [b, h_kv, t_kv, d or e];  bias, mask, dbias [b, h_q, t_q, t_kv]
+ * (stride 0 where one is broadcast);  lse [b, h_q, t_q];  seed [b], int64 (dtype is not read).
+ * bias, dbias and lse are float32, or float64 when `dtype` is. mask is a bool one, true = keep; bias is added to the scores.
+ * lse: log Σ_j exp(score_ij), −inf for a row that sees no key (its output is 0).
+ * dbias has the bias's own strides: axes of stride 0 are summed over.
+ * Dropout: Philox 4×32-7, counter (key / 4, query, head, 0), key the two halves of the batch element's seed; a weight is kept,
+ * times 1/(1 − p), when word `key % 4` is at least round(p·2³²). */
 typedef struct PowerSdpaArrays {
-  PowerArray q, k, v, mask; /* mask may be absent */
-  PowerArray out, lse;      /* written by forward, read by backward */
+  PowerArray q, k, v, bias, mask, seed; /* bias, mask, seed may be absent */
+  PowerArray out, lse;                  /* written by forward, read by backward */
   PowerArray dout;
-  PowerArray dq, dk, dv, dmask; /* written by backward; dmask unless absent */
+  PowerArray dq, dk, dv, dbias; /* written by backward; dbias unless absent */
 } PowerSdpaArrays;
 
 POWER_API int64_t power_sdpa_forward_workspace_cpu(const PowerSdpaShape *, const void *stream);

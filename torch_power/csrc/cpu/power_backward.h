@@ -1,0 +1,455 @@
+// Power attention backward.
+//
+// With dN = [dy/n, −<dy, y>/n] (n the normaliser; [dy, 0] without one) and V1 = [v 1], every weight w_ij has the gradient
+// dw_ij = <dN_i, V1_j>, and A_ij = w_ij·dw_ij is the gradient of its exponent G_i − G_j. So
+//     dlog_g_m = Σ_{j < m ≤ i} A_ij,
+// computed chunk by chunk from sums that never cancel: for m in chunk c,
+//     Σ_{i ≥ m} (A_i,before + A_i,inside − A_inside,i) + Σ_{j < m} A_after,j + X_c,
+// where A_i,before sums over keys of earlier chunks, A_after,j over queries of later ones, `inside` leaves i = j out, and X_c is
+// what spans chunk c whole.
+//
+// The chunked form walks time twice. Forward with the state S: dq and A_i,before = <q_i, dq_i>/p (Euler: the features are
+// homogeneous of degree p). Backward with its gradient dS: dk, dv and A_after,j = <k_j, dk_j>/p. So no state is kept but every
+// kCheckpoint-th, where the flow across a boundary, <dS, S>, is computed afresh; between them X follows from flow conservation.
+#pragma once
+
+#include "power_forward.h"
+
+namespace power_cpu {
+namespace POWER_ISA {
+
+// Chunks between kept states. The recurrence for X loses about a float32 rounding a chunk; 16 keep it below that of the sums.
+constexpr int64_t kCheckpoint = 16;
+
+template <class X> struct PowerBackward {
+  typedef Compute<X> T;
+  const PowerAttentionShape &shape;
+  const PowerAttentionArrays &a;
+  Sizes<T> z;
+  int64_t groups;  // attention form: tasks a key-value head's key blocks are dealt to
+
+  struct Scratch {
+    KeyBlock<T> keys;
+    QueryBlock<T> queries;
+    Gates<T> gates, key_gates;
+    double *running;
+    T *u, *factor, *features, *stripe, *dstripe;
+    T *dn_rows, *dn;            // [lanes, e_ld], [E, lanes]
+    T *dn_decayed;              // [E, lanes]
+    T *dq;                      // [d_ld, lanes]
+    T *dk, *dv;                 // [lanes, d_ld], [lanes, e_ld]
+    T *k_columns, *v_columns;   // [d_ld, lanes], [E, lanes]
+    T *row_sum, *key_sum;       // [lanes]
+    T *state, *checkpoints;     // chunked form
+    double *crossing;           // [chunks + 1]
+    void reserve(Arena &arena, const Sizes<T> &z, int64_t checkpoints_kept, int64_t chunks) {
+      keys.reserve(arena, z);
+      queries.reserve(arena, z);
+      gates.reserve(arena, z.lanes);
+      key_gates.reserve(arena, z.lanes);
+      running = arena.take<double>(z.lanes);
+      u = arena.take<T>(packed_size(z.lanes, z.E));
+      factor = arena.take<T>(z.lanes);
+      features = arena.take<T>(z.lanes * kPanelRows);
+      stripe = arena.take<T>(kScoreRows * z.lanes);
+      dstripe = arena.take<T>(kScoreRows * z.lanes);
+      dn_rows = arena.take<T>(z.lanes * z.e_ld);
+      dn = arena.take<T>(z.e_ld * z.lanes);
+      dn_decayed = arena.take<T>(z.E * z.lanes);
+      dq = arena.take<T>(z.d_ld * z.lanes);
+      dk = arena.take<T>(z.lanes * z.d_ld);
+      dv = arena.take<T>(z.lanes * z.e_ld);
+      k_columns = arena.take<T>(z.d_ld * z.lanes);
+      v_columns = arena.take<T>(z.e_ld * z.lanes);
+      row_sum = arena.take<T>(z.lanes);
+      key_sum = arena.take<T>(z.lanes);
+      state = arena.take<T>(2 * z.state_size());
+      checkpoints = arena.take<T>(checkpoints_kept * z.state_size());
+      crossing = arena.take<double>(chunks + 1);
+    }
+  };
+  // What a task leaves behind: sums for dlog_g (`suffix` and `prefix` a token, `span` = X a block) and, attention form, dq.
+  struct Partial {
+    double *suffix, *prefix, *span;
+    T *dq;  // [group, blocks, d_ld, lanes]
+    void reserve(Arena &arena, const PowerBackward &p) {
+      int64_t tokens = p.a.dlog_g.data ? p.shape.t : 0;
+      suffix = arena.take<double>(tokens);
+      prefix = arena.take<double>(tokens);
+      span = arena.take<double>(tokens ? p.z.blocks(p.shape.t) + 1 : 0);
+      dq = arena.take<T>(p.dq_size());
+    }
+  };
+
+  PowerBackward(const PowerAttentionShape &s, const PowerAttentionArrays &arrays, int threads) : shape(s), a(arrays), z(s), groups(1) {
+    int64_t heads = max64(1, s.b * s.h_kv);
+    if (s.form == POWER_ATTENTION && 2 * int64_t(threads) > 3 * heads)
+      groups = max64(1, min64((threads + heads - 1) / heads, z.blocks(s.t_kv)));
+  }
+  int64_t dq_size() const { return shape.form == POWER_ATTENTION ? z.group * z.blocks(shape.t) * z.d_ld * z.lanes : 0; }
+  // Partials of one task at a time when a head is one task; of all of them when they are added up afterwards.
+  int64_t partials(int threads) const { return groups > 1 ? shape.b * shape.h_kv * groups : threads; }
+  int64_t kept() const {
+    return shape.form == POWER_ATTENTION || !shape.causal || !a.dlog_g.data ? 0 : (z.blocks(shape.t) + kCheckpoint - 1) / kCheckpoint;
+  }
+
+  void load_gates(Gates<T> &gates, double *running, int64_t b, int64_t h, int64_t start, int64_t n) const {
+    gates.load(pointer<T>(a.log_g, b, start, h), a.log_g.stride[1], n, z.lanes, running);
+  }
+
+  void load_queries(Scratch &w, int64_t b, int64_t h, int64_t start, int64_t n) const {
+    w.queries.template load<X>(z, a, b, h, start, n);
+    const T *y = pointer<T>(a.y, b, start, h), *dy = pointer<T>(a.dy, b, start, h), *norm = pointer<T>(a.norm, b, start, h);
+    memset(w.dn_rows, 0, size_t(z.lanes * z.e_ld) * sizeof(T));
+    for (int64_t i = 0; i < n; ++i) {
+      T *out = w.dn_rows + i * z.e_ld, divisor = shape.normalize ? norm[i * a.norm.stride[1]] : T(1);
+      if (divisor == 0) continue;
+      T dot = 0;
+      for (int64_t c = 0; c < z.e; ++c) {
+        T dyc = dy[i * a.dy.stride[1] + c * a.dy.stride[3]];
+        dot += dyc * y[i * a.y.stride[1] + c * a.y.stride[3]];
+        out[c] = dyc / divisor;
+      }
+      if (shape.normalize) out[z.e] = -dot / divisor;
+    }
+    transpose(w.dn_rows, z.e_ld, z.lanes, z.E, w.dn, z.lanes);
+  }
+
+  // For one stripe of keys: weights into w.stripe, gradients of scores into w.dstripe, sums of A into row_sum and key_sum.
+  void stripe_gradient(Scratch &w, int64_t j, int64_t n, int64_t lanes, const Decay<T> &decay, Visible visible) const {
+    stripe_products(w.queries.columns, z.lanes, w.keys.k + j * z.d_ld, z.d_ld, z.d, n, lanes, visible, w.stripe);
+    stripe_products(w.dn, z.lanes, w.keys.v + j * z.e_ld, z.e_ld, z.E, n, lanes, visible, w.dstripe);
+    weigh_gradient(z.deg, decay, visible, n, lanes, z.lanes, w.stripe, w.dstripe, w.row_sum, w.key_sum + j);
+  }
+
+  enum Wanted { for_queries = 1, for_keys = 2 };
+  // All stripes of a block of keys: adds to dq [d, lanes], or to dk and dv, or both.
+  void attend_gradient(Scratch &w, int wanted, int64_t n_keys, int64_t n, int64_t lanes, typename Decay<T>::Kind kind,
+                       const Gates<T> &key_gates, int64_t offset, T *dq) const {
+    memset(w.row_sum, 0, size_t(z.lanes) * sizeof(T));
+    memset(w.key_sum, 0, size_t(z.lanes) * sizeof(T));
+    for (int64_t j = 0; j < n_keys; j += kScoreRows) {
+      int64_t keys = min64(kScoreRows, n_keys - j);
+      Visible visible{offset == kSeeAll ? kSeeAll : offset + j};
+      Decay<T> decay{kind, &w.gates, &key_gates, w.factor, j};
+      stripe_gradient(w, j, keys, lanes, decay, visible);
+      if (wanted & for_queries)
+        add_over_keys(w.dstripe, z.lanes, w.keys.k + j * z.d_ld, z.d_ld, keys, lanes, visible, z.d, dq);
+      if (wanted & for_keys) {
+        add_over_queries(w.dstripe, z.lanes, w.queries.rows, z.d_ld, keys, n, visible, round_up(z.d, kLanes<T>), w.dk + j * z.d_ld);
+        add_over_queries(w.stripe, z.lanes, w.dn_rows, z.e_ld, keys, n, visible, round_up(z.e, kLanes<T>), w.dv + j * z.e_ld);
+      }
+    }
+  }
+
+  void store_dq(const T *dq, const T *factor, int64_t b, int64_t h, int64_t start, int64_t n) const {
+    X *out = pointer<X>(a.dq, b, start, h);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t c = 0; c < z.d; ++c)
+        out[i * a.dq.stride[1] + c * a.dq.stride[3]] = NarrowTo<X>::from(factor[i] * dq[c * z.lanes + i]);
+  }
+  void store_keys(Scratch &w, int64_t b, int64_t h, int64_t start, int64_t n) const {
+    unpack_rows(w.dk, z.d_ld, n, z.d, (const T *)nullptr, pointer<X>(a.dk, b, start, h), a.dk.stride[1], a.dk.stride[3]);
+    unpack_rows(w.dv, z.e_ld, n, z.e, (const T *)nullptr, pointer<X>(a.dv, b, start, h), a.dv.stride[1], a.dv.stride[3]);
+  }
+  void clear_keys(Scratch &w) const {
+    memset(w.dk, 0, size_t(z.lanes * z.d_ld) * sizeof(T));
+    memset(w.dv, 0, size_t(z.lanes * z.e_ld) * sizeof(T));
+  }
+  void clear(Partial &out) const {
+    if (!a.dlog_g.data) return;
+    memset(out.suffix, 0, size_t(shape.t) * sizeof(double));
+    memset(out.prefix, 0, size_t(shape.t) * sizeof(double));
+    memset(out.span, 0, size_t(z.blocks(shape.t) + 1) * sizeof(double));
+  }
+
+  // dlog_g of one head from the sums of its `count` partials.
+  void store_dlog_g(const Partial *parts, int64_t count, int64_t b, int64_t h) const {
+    T *out = pointer<T>(a.dlog_g, b, 0, h);
+    if (!out) return;
+    for (int64_t start = 0, block = 0; start < shape.t; start += z.block, ++block) {
+      int64_t end = min64(start + z.block, shape.t);
+      double sum = 0;
+      for (int64_t i = end - 1; i >= start; --i) {
+        for (int64_t g = 0; g < count; ++g) sum += parts[g].suffix[i];
+        out[i * a.dlog_g.stride[1]] = T(sum);
+      }
+      sum = 0;
+      for (int64_t g = 0; g < count; ++g) sum += parts[g].span[block];
+      for (int64_t i = start; i < end; ++i) {
+        out[i * a.dlog_g.stride[1]] += T(sum);
+        for (int64_t g = 0; g < count; ++g) sum += parts[g].prefix[i];
+      }
+    }
+  }
+
+  // ---- The attention form: task = (batch, key-value head, group of key blocks) --------------------------------------
+
+  void attention_task(Scratch &w, Partial &out, int64_t b, int64_t h, int64_t group) const {
+    clear(out);
+    memset(out.dq, 0, size_t(dq_size()) * sizeof(T));
+    int64_t key_blocks = z.blocks(shape.t_kv), blocks = z.blocks(shape.t);
+    for (int64_t key_block = group; key_block < key_blocks; key_block += groups) {
+      int64_t key_start = key_block * z.block, n_keys = min64(z.block, shape.t_kv - key_start);
+      w.keys.template load<X>(z, a, b, h, key_start, n_keys);
+      load_gates(w.key_gates, w.running, b, h, key_start, n_keys);
+      clear_keys(w);
+      double between = 0;  // log gates from the end of the key block to the start of the query block
+      for (int64_t block = shape.causal ? key_block : 0; block < blocks; ++block) {
+        int64_t start = block * z.block, n = min64(z.block, shape.t - start), lanes = round_up(n, kTileM<T>);
+        bool same = shape.causal && block == key_block;
+        load_gates(w.gates, w.running, b, h, start, n);
+        auto kind = !w.gates.present ? Decay<T>::none : same ? Decay<T>::pairwise : Decay<T>::product;
+        if (kind == Decay<T>::product) {
+          if (between < kUnderflow<T>) break;  // nothing of this block is left
+          T factor = exp_scalar(T(between));
+          for (int64_t j = 0; j < n_keys; ++j) w.factor[j] = factor * w.key_gates.until_end[j];
+        }
+        double crossing = 0;
+        for (int64_t r = 0; r < z.group; ++r) {
+          load_queries(w, b, h * z.group + r, start, n);
+          T *dq = out.dq + (r * blocks + block) * z.d_ld * z.lanes;
+          attend_gradient(w, for_queries | for_keys, n_keys, n, lanes, kind, w.key_gates, same ? 0 : kSeeAll, dq);
+          if (!a.dlog_g.data) continue;
+          for (int64_t i = 0; i < n; ++i) out.suffix[start + i] += w.row_sum[i];
+          for (int64_t j = 0; j < n_keys; ++j) {
+            (same ? out.suffix : out.prefix)[key_start + j] += same ? -double(w.key_sum[j]) : double(w.key_sum[j]);
+            crossing += w.key_sum[j];
+          }
+        }
+        if (!same) {
+          if (a.dlog_g.data && block > key_block + 1) out.span[key_block + 1] += crossing, out.span[block] -= crossing;
+          between += w.gates.sum;
+        }
+      }
+      store_keys(w, b, h, key_start, n_keys);
+    }
+    if (a.dlog_g.data)
+      for (int64_t block = 1; block <= blocks; ++block) out.span[block] += out.span[block - 1];
+  }
+
+  void attention_finish(Scratch &w, const Partial *parts, int64_t b, int64_t h) const {
+    int64_t blocks = z.blocks(shape.t);
+    for (int64_t r = 0; r < z.group; ++r)
+      for (int64_t block = 0; block < blocks; ++block) {
+        int64_t start = block * z.block, n = min64(z.block, shape.t - start), at = (r * blocks + block) * z.d_ld * z.lanes;
+        w.queries.template load<X>(z, a, b, h * z.group + r, start, n);
+        T *dq = parts[0].dq + at;
+        for (int64_t g = 1; g < groups; ++g)
+          for (int64_t i = 0; i < z.d * z.lanes; ++i) dq[i] += parts[g].dq[at + i];
+        store_dq(dq, w.queries.factor, b, h * z.group + r, start, n);
+      }
+    store_dlog_g(parts, groups, b, h);
+  }
+
+  // ---- The chunked form: task = (batch, key-value head) -------------------------------------------------------------
+
+  static double dot(const T *x, const T *y, int64_t n) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i += kLanes<T>) sum += double(horizontal_sum<T>(load(x + i) * load(y + i)));
+    return sum;
+  }
+
+  // <x_i, dx_i>/p for every token: the sum of A over what the state stands for.
+  void euler(const T *x, const T *dx, int64_t lanes, T *out) const {
+    for (int64_t i = 0; i < lanes; i += kLanes<T>) {
+      Vec<T> sum = Vec<T>{};
+      for (int64_t c = 0; c < z.d; ++c) sum += load(x + c * z.lanes + i) * load(dx + c * z.lanes + i);
+      store(out + i, sum * (T(1) / T(z.deg)));
+    }
+  }
+
+  void scale_columns(const T *in, const T *factor, int64_t columns, int64_t lanes, T *out) const {
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t i = 0; i < lanes; i += kLanes<T>)
+        store(out + c * z.lanes + i, factor ? load(in + c * z.lanes + i) * load(factor + i) : load(in + c * z.lanes + i));
+  }
+
+  // Forward in time with the state: dq, the A of queries, and R_c = Σ_i A_i,before of every chunk in w.crossing.
+  template <int P> void query_pass(Scratch &w, Partial &out, int64_t b, int64_t h) const {
+    bool gated = a.dlog_g.data, empty = !a.s0.data && !a.z0.data;
+    int64_t size = z.state_size();
+    T *state = w.state;
+    load_state(z, a.s0, a.z0, b, h, state);
+    for (int64_t start = 0, chunk = 0; start < shape.t; start += z.block, ++chunk) {
+      int64_t n = min64(z.block, shape.t - start), lanes = round_up(n, kTileM<T>);
+      w.keys.template load<X>(z, a, b, h, start, n);
+      load_gates(w.gates, w.running, b, h, start, n);
+      auto kind = w.gates.present ? Decay<T>::pairwise : Decay<T>::none;
+      w.crossing[chunk] = 0;
+      for (int64_t r = 0; r < z.group; ++r) {
+        int64_t head = h * z.group + r;
+        load_queries(w, b, head, start, n);
+        memset(w.dq, 0, size_t(z.d * z.lanes) * sizeof(T));
+        if (!empty) {
+          scale_columns(w.dn, w.gates.present ? w.gates.since_start : nullptr, z.E, lanes, w.dn_decayed);
+          query_gradient<P>(z, true, w.dn_decayed, w.queries.columns, lanes, state, w.features, w.dq);
+          if (gated) {
+            euler(w.queries.columns, w.dq, lanes, w.row_sum);
+            for (int64_t i = 0; i < n; ++i) {
+              out.suffix[start + i] += w.row_sum[i];
+              w.crossing[chunk] += w.row_sum[i];
+            }
+          }
+        }
+        attend_gradient(w, for_queries, n, n, lanes, kind, w.gates, 0, w.dq);
+        for (int64_t i = 0; gated && i < n; ++i) out.suffix[start + i] += w.row_sum[i];
+        store_dq(w.dq, w.queries.factor, b, head, start, n);
+      }
+      if (start + n == shape.t && !gated) break;
+      pack_tiles(w.keys.v, z.e_ld, n, z.E, w.gates.present ? w.gates.until_end : nullptr, w.u);
+      update_state<P>(z, false, w.gates.decay, w.keys.k, n, w.u, w.features, state);
+      empty = false;
+      if (gated && chunk % kCheckpoint == kCheckpoint - 1)
+        memcpy(w.checkpoints + chunk / kCheckpoint * size, state, size_t(size) * sizeof(T));
+    }
+  }
+
+  // Backward in time with dS: dk, dv, ds0, the A of keys, and X of every chunk.
+  template <int P> void key_pass(Scratch &w, Partial &out, int64_t b, int64_t h) const {
+    bool gated = a.dlog_g.data, empty = !a.ds.data && !a.dz.data;
+    int64_t chunks = z.blocks(shape.t), size = z.state_size();
+    T *state = w.state, *dstate = w.state + size;  // `state`, left by query_pass, is the last one
+    load_state(z, a.ds, a.dz, b, h, dstate);
+    double flow = gated && !empty ? dot(dstate, state, size) : 0;  // Σ A across the boundary after the chunk
+    for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+      int64_t start = chunk * z.block, n = min64(z.block, shape.t - start), lanes = round_up(n, kTileM<T>);
+      w.keys.template load<X>(z, a, b, h, start, n);
+      load_gates(w.gates, w.running, b, h, start, n);
+      auto kind = w.gates.present ? Decay<T>::pairwise : Decay<T>::none;
+      clear_keys(w);
+      if (gated && chunk != chunks - 1 && chunk % kCheckpoint == kCheckpoint - 1)
+        flow = dot(dstate, w.checkpoints + chunk / kCheckpoint * size, size);
+      if (!empty) {
+        const T *decay = w.gates.present ? w.gates.until_end : nullptr;
+        transpose(w.keys.k, z.d_ld, z.lanes, z.d, w.k_columns, z.lanes);
+        transpose(w.keys.v, z.e_ld, z.lanes, z.E, w.v_columns, z.lanes);
+        scale_columns(w.v_columns, decay, z.E, lanes, w.v_columns);
+        memset(w.dq, 0, size_t(z.d * z.lanes) * sizeof(T));
+        query_gradient<P>(z, false, w.v_columns, w.k_columns, lanes, dstate, w.features, w.dq);
+        transpose(w.dq, z.lanes, z.d, lanes, w.dk, z.d_ld);
+        query_state<P>(z, false, w.k_columns, lanes, dstate, z.e, w.features, w.dn);
+        scale_columns(w.dn, decay, z.e, lanes, w.dn);
+        transpose(w.dn, z.lanes, z.e, lanes, w.dv, z.e_ld);
+        if (gated) {
+          euler(w.k_columns, w.dq, lanes, w.key_sum);
+          for (int64_t j = 0; j < n; ++j) {
+            out.prefix[start + j] += w.key_sum[j];
+            flow -= w.key_sum[j];
+          }
+        }
+      }
+      if (gated) {
+        out.span[chunk] = w.gates.decay == 0 ? 0 : flow;
+        flow = out.span[chunk] + w.crossing[chunk];
+      }
+      for (int64_t r = 0; r < z.group; ++r) {
+        load_queries(w, b, h * z.group + r, start, n);
+        attend_gradient(w, for_keys, n, n, lanes, kind, w.gates, 0, nullptr);
+        for (int64_t j = 0; gated && j < n; ++j) out.suffix[start + j] -= w.key_sum[j];
+        if (chunk == 0 && !a.ds0.data && !a.dz0.data) continue;
+        pack_tiles(w.dn_rows, z.e_ld, n, z.E, w.gates.present ? w.gates.since_start : nullptr, w.u);
+        update_state<P>(z, true, r == 0 ? w.gates.decay : T(1), w.queries.rows, n, w.u, w.features, dstate);
+      }
+      empty = false;
+      store_keys(w, b, h, start, n);
+    }
+    store_state(z, dstate, a.ds0, a.dz0, b, h);
+  }
+
+  // causal = 0: one state; its gradient is what all queries give it, plus the one that came in.
+  template <int P> void whole(Scratch &w, int64_t b, int64_t h) const {
+    int64_t size = z.state_size();
+    T *state = w.state, *dstate = w.state + size;
+    memset(state, 0, size_t(size) * sizeof(T));
+    load_state(z, a.ds, a.dz, b, h, dstate);
+    for (int64_t start = 0; start < shape.t_kv; start += z.block) {
+      int64_t n = min64(z.block, shape.t_kv - start);
+      w.keys.template load<X>(z, a, b, h, start, n);
+      pack_tiles(w.keys.v, z.e_ld, n, z.E, (const T *)nullptr, w.u);
+      update_state<P>(z, false, T(1), w.keys.k, n, w.u, w.features, state);
+    }
+    for (int64_t start = 0; start < shape.t; start += z.block)
+      for (int64_t r = 0; r < z.group; ++r) {
+        int64_t n = min64(z.block, shape.t - start), lanes = round_up(n, kTileM<T>);
+        load_queries(w, b, h * z.group + r, start, n);
+        memset(w.dq, 0, size_t(z.d * z.lanes) * sizeof(T));
+        query_gradient<P>(z, true, w.dn, w.queries.columns, lanes, state, w.features, w.dq);
+        store_dq(w.dq, w.queries.factor, b, h * z.group + r, start, n);
+        pack_tiles(w.dn_rows, z.e_ld, n, z.E, (const T *)nullptr, w.u);
+        update_state<P>(z, true, T(1), w.queries.rows, n, w.u, w.features, dstate);
+      }
+    for (int64_t start = 0; start < shape.t_kv; start += z.block) {
+      int64_t n = min64(z.block, shape.t_kv - start), lanes = round_up(n, kTileM<T>);
+      w.keys.template load<X>(z, a, b, h, start, n);
+      transpose(w.keys.k, z.d_ld, z.lanes, z.d, w.k_columns, z.lanes);
+      transpose(w.keys.v, z.e_ld, z.lanes, z.E, w.v_columns, z.lanes);
+      memset(w.dq, 0, size_t(z.d * z.lanes) * sizeof(T));
+      query_gradient<P>(z, false, w.v_columns, w.k_columns, lanes, dstate, w.features, w.dq);
+      transpose(w.dq, z.lanes, z.d, lanes, w.dk, z.d_ld);
+      query_state<P>(z, false, w.k_columns, lanes, dstate, z.e, w.features, w.dn);
+      transpose(w.dn, z.lanes, z.e, lanes, w.dv, z.e_ld);
+      store_keys(w, b, h, start, n);
+    }
+  }
+
+  void reserve(Arena &arena, int threads, Scratch *scratch, Partial *parts) const {
+    for (int i = 0; i < threads; ++i) {
+      Scratch unused;
+      (scratch ? scratch[i] : unused).reserve(arena, z, kept(), z.blocks(shape.t));
+    }
+    for (int64_t i = 0; i < partials(threads); ++i) {
+      Partial unused;
+      (parts ? parts[i] : unused).reserve(arena, *this);
+    }
+  }
+
+  static int64_t workspace(const PowerAttentionShape &shape, int threads) {
+    PowerAttentionArrays arrays = {};
+    char something;
+    if (shape.causal) arrays.dlog_g.data = &something;  // the shape does not say whether there are gates
+    PowerBackward backward(shape, arrays, threads);
+    Arena arena{0, 0};
+    arena.take<Scratch>(threads);
+    arena.take<Partial>(backward.partials(threads));
+    backward.reserve(arena, threads, nullptr, nullptr);
+    return arena.used;
+  }
+
+  static void run(const PowerAttentionShape &shape, const PowerAttentionArrays &arrays, void *workspace, const PowerExecutor *executor) {
+    int threads = thread_count(executor);
+    PowerBackward backward(shape, arrays, threads);
+    Arena arena{reinterpret_cast<uintptr_t>(workspace), 0};
+    Scratch *scratch = arena.take<Scratch>(threads);
+    Partial *parts = arena.take<Partial>(backward.partials(threads));
+    backward.reserve(arena, threads, scratch, parts);
+    int64_t heads = shape.b * shape.h_kv, groups = backward.groups;
+    if (shape.form != POWER_ATTENTION) {
+      dispatch_degree(shape.deg, [&](auto p) {
+        constexpr int P = decltype(p)::value;
+        parallel(executor, heads, [&](int64_t task, int slot) {
+          int64_t b = task / shape.h_kv, h = task % shape.h_kv;
+          if (!shape.causal) return backward.template whole<P>(scratch[slot], b, h);
+          backward.clear(parts[slot]);
+          backward.template query_pass<P>(scratch[slot], parts[slot], b, h);
+          backward.template key_pass<P>(scratch[slot], parts[slot], b, h);
+          backward.store_dlog_g(&parts[slot], 1, b, h);
+        });
+      });
+      return;
+    }
+    parallel(executor, heads * groups, [&](int64_t task, int slot) {
+      int64_t head = task / groups, b = head / shape.h_kv, h = head % shape.h_kv;
+      Partial &out = parts[groups > 1 ? task : slot];
+      backward.attention_task(scratch[slot], out, b, h, task % groups);
+      if (groups == 1) backward.attention_finish(scratch[slot], &out, b, h);
+    });
+    if (groups > 1)
+      parallel(executor, heads, [&](int64_t head, int slot) {
+        backward.attention_finish(scratch[slot], parts + head * groups, head / shape.h_kv, head % shape.h_kv);
+      });
+  }
+};
+
+}  // namespace POWER_ISA
+}  // namespace power_cpu
