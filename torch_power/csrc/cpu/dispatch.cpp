@@ -14,10 +14,11 @@ thread_local char last_error[512] = "no error";
 
 struct Isa {
   const char *name;
-  const Variant *by_dtype[4];  // in the order of PowerDtype
+  const Variant *in_float32, *in_float64;
+  const Variant &operator[](int32_t dtype) const { return dtype == POWER_FLOAT64 ? *in_float64 : *in_float32; }
 };
 #define POWER_VARIANTS(ISA) \
-  {#ISA, {&power_cpu::ISA::float32, &power_cpu::ISA::float64, &power_cpu::ISA::bfloat16, &power_cpu::ISA::float16}}
+  {#ISA, &power_cpu::ISA::in_float32, &power_cpu::ISA::in_float64}
 
 const Isa generic = POWER_VARIANTS(generic);
 #if defined(__x86_64__)
@@ -157,7 +158,7 @@ int32_t power_has_sm90(void) {
 
 int64_t power_attention_forward_workspace_cpu(const PowerAttentionShape *s, const void *stream) {
   if (check(*s) != POWER_OK) return -1;
-  return isa().by_dtype[s->dtype]->power.forward_workspace(*s, threads_of(stream));
+  return isa()[s->dtype].power.forward_workspace(*s, threads_of(stream));
 }
 
 int32_t power_attention_forward_cpu(const PowerAttentionShape *s, const PowerAttentionArrays *a, void *workspace,
@@ -178,13 +179,13 @@ int32_t power_attention_forward_cpu(const PowerAttentionShape *s, const PowerAtt
     copy_or_zero(a->z, a->z0, s->b, s->h_kv, state_rows(*s), 1);
     return POWER_OK;
   }
-  isa().by_dtype[s->dtype]->power.forward(*s, *a, workspace, static_cast<const PowerExecutor *>(stream));
+  isa()[s->dtype].power.forward(*s, *a, workspace, static_cast<const PowerExecutor *>(stream));
   return POWER_OK;
 }
 
 int64_t power_attention_backward_workspace_cpu(const PowerAttentionShape *s, const void *stream) {
   if (check(*s) != POWER_OK) return -1;
-  return isa().by_dtype[s->dtype]->power.backward_workspace(*s, threads_of(stream));
+  return isa()[s->dtype].power.backward_workspace(*s, threads_of(stream));
 }
 
 int32_t power_attention_backward_cpu(const PowerAttentionShape *s, const PowerAttentionArrays *a, void *workspace,
@@ -209,13 +210,13 @@ int32_t power_attention_backward_cpu(const PowerAttentionShape *s, const PowerAt
     copy_or_zero(a->dz0, a->dz, s->b, s->h_kv, state_rows(*s), 1);
     return POWER_OK;
   }
-  isa().by_dtype[s->dtype]->power.backward(*s, *a, workspace, static_cast<const PowerExecutor *>(stream));
+  isa()[s->dtype].power.backward(*s, *a, workspace, static_cast<const PowerExecutor *>(stream));
   return POWER_OK;
 }
 
 int64_t power_sdpa_forward_workspace_cpu(const PowerSdpaShape *s, const void *stream) {
   if (check(*s) != POWER_OK) return -1;
-  return isa().by_dtype[s->dtype]->sdpa.forward_workspace(*s, threads_of(stream));
+  return isa()[s->dtype].sdpa.forward_workspace(*s, threads_of(stream));
 }
 
 int32_t power_sdpa_forward_cpu(const PowerSdpaShape *s, const PowerSdpaArrays *a, void *workspace, int64_t workspace_bytes,
@@ -228,13 +229,13 @@ int32_t power_sdpa_forward_cpu(const PowerSdpaShape *s, const PowerSdpaArrays *a
   if (int32_t status = check(wanted, empty)) return status;
   if (s->dropout_p > 0 && !a->seed.data) return power_fail(POWER_INVALID, "seed is absent");
   if (int32_t status = check_workspace(workspace, workspace_bytes, power_sdpa_forward_workspace_cpu(s, stream))) return status;
-  if (!empty) isa().by_dtype[s->dtype]->sdpa.forward(*s, *a, workspace, static_cast<const PowerExecutor *>(stream));
+  if (!empty) isa()[s->dtype].sdpa.forward(*s, *a, workspace, static_cast<const PowerExecutor *>(stream));
   return POWER_OK;
 }
 
 int64_t power_sdpa_backward_workspace_cpu(const PowerSdpaShape *s, const void *stream) {
   if (check(*s) != POWER_OK) return -1;
-  return isa().by_dtype[s->dtype]->sdpa.backward_workspace(*s, threads_of(stream));
+  return isa()[s->dtype].sdpa.backward_workspace(*s, threads_of(stream));
 }
 
 int32_t power_sdpa_backward_cpu(const PowerSdpaShape *s, const PowerSdpaArrays *a, void *workspace, int64_t workspace_bytes,
@@ -251,7 +252,7 @@ int32_t power_sdpa_backward_cpu(const PowerSdpaShape *s, const PowerSdpaArrays *
   if (a->dbias.data && !a->bias.data) return power_fail(POWER_INVALID, "dbias is wanted, but bias is absent");
   if (s->dropout_p > 0 && !a->seed.data) return power_fail(POWER_INVALID, "seed is absent");
   if (int32_t status = check_workspace(workspace, workspace_bytes, power_sdpa_backward_workspace_cpu(s, stream))) return status;
-  if (!empty) isa().by_dtype[s->dtype]->sdpa.backward(*s, *a, workspace, static_cast<const PowerExecutor *>(stream));
+  if (!empty) isa()[s->dtype].sdpa.backward(*s, *a, workspace, static_cast<const PowerExecutor *>(stream));
   return POWER_OK;
 }
 

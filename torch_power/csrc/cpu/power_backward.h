@@ -21,8 +21,7 @@ namespace POWER_ISA {
 // Chunks between kept states. The recurrence for X loses about a float32 rounding a chunk; 16 keep it below that of the sums.
 constexpr int64_t kCheckpoint = 16;
 
-template <class X> struct PowerBackward {
-  typedef Compute<X> T;
+template <class T> struct PowerBackward {
   const PowerAttentionShape &shape;
   const PowerAttentionArrays &a;
   Sizes<T> z;
@@ -36,7 +35,7 @@ template <class X> struct PowerBackward {
     T *u, *factor, *features, *stripe, *dstripe;
     T *dn_rows, *dn;            // [lanes, e_ld], [E, lanes]
     T *dn_decayed;              // [E, lanes]
-    T *dq;                      // [d_ld, lanes]
+    T *dq, *dq_rows;            // [d_ld, lanes], [lanes, d_ld]
     T *dk, *dv;                 // [lanes, d_ld], [lanes, e_ld]
     T *k_columns, *v_columns;   // [d_ld, lanes], [E, lanes]
     T *row_sum, *key_sum;       // [lanes]
@@ -57,6 +56,7 @@ template <class X> struct PowerBackward {
       dn = arena.take<T>(z.e_ld * z.lanes);
       dn_decayed = arena.take<T>(z.E * z.lanes);
       dq = arena.take<T>(z.d_ld * z.lanes);
+      dq_rows = arena.take<T>(z.lanes * z.d_ld);
       dk = arena.take<T>(z.lanes * z.d_ld);
       dv = arena.take<T>(z.lanes * z.e_ld);
       k_columns = arena.take<T>(z.d_ld * z.lanes);
@@ -98,7 +98,7 @@ template <class X> struct PowerBackward {
   }
 
   void load_queries(Scratch &w, int64_t b, int64_t h, int64_t start, int64_t n) const {
-    w.queries.template load<X>(z, a, b, h, start, n);
+    w.queries.load(z, a, b, h, start, n);
     const T *y = pointer<T>(a.y, b, start, h), *dy = pointer<T>(a.dy, b, start, h), *norm = pointer<T>(a.norm, b, start, h);
     memset(w.dn_rows, 0, size_t(z.lanes * z.e_ld) * sizeof(T));
     for (int64_t i = 0; i < n; ++i) {
@@ -142,15 +142,13 @@ template <class X> struct PowerBackward {
     }
   }
 
-  void store_dq(const T *dq, const T *factor, int64_t b, int64_t h, int64_t start, int64_t n) const {
-    X *out = pointer<X>(a.dq, b, start, h);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t c = 0; c < z.d; ++c)
-        out[i * a.dq.stride[1] + c * a.dq.stride[3]] = NarrowTo<X>::from(factor[i] * dq[c * z.lanes + i]);
+  void store_dq(Scratch &w, const T *dq, int64_t b, int64_t h, int64_t start, int64_t n) const {
+    transpose(dq, z.lanes, z.d, n, w.dq_rows, z.d_ld);
+    unpack_rows(w.dq_rows, z.d_ld, n, z.d, w.queries.factor, rows_from(a.dq, b, start, h, 1));
   }
   void store_keys(Scratch &w, int64_t b, int64_t h, int64_t start, int64_t n) const {
-    unpack_rows(w.dk, z.d_ld, n, z.d, (const T *)nullptr, pointer<X>(a.dk, b, start, h), a.dk.stride[1], a.dk.stride[3]);
-    unpack_rows(w.dv, z.e_ld, n, z.e, (const T *)nullptr, pointer<X>(a.dv, b, start, h), a.dv.stride[1], a.dv.stride[3]);
+    unpack_rows(w.dk, z.d_ld, n, z.d, (const T *)nullptr, rows_from(a.dk, b, start, h, 1));
+    unpack_rows(w.dv, z.e_ld, n, z.e, (const T *)nullptr, rows_from(a.dv, b, start, h, 1));
   }
   void clear_keys(Scratch &w) const {
     memset(w.dk, 0, size_t(z.lanes * z.d_ld) * sizeof(T));
@@ -191,7 +189,7 @@ template <class X> struct PowerBackward {
     int64_t key_blocks = z.blocks(shape.t_kv), blocks = z.blocks(shape.t);
     for (int64_t key_block = group; key_block < key_blocks; key_block += groups) {
       int64_t key_start = key_block * z.block, n_keys = min64(z.block, shape.t_kv - key_start);
-      w.keys.template load<X>(z, a, b, h, key_start, n_keys);
+      w.keys.load(z, a, b, h, key_start, n_keys);
       load_gates(w.key_gates, w.running, b, h, key_start, n_keys);
       clear_keys(w);
       double between = 0;  // log gates from the end of the key block to the start of the query block
@@ -233,11 +231,11 @@ template <class X> struct PowerBackward {
     for (int64_t r = 0; r < z.group; ++r)
       for (int64_t block = 0; block < blocks; ++block) {
         int64_t start = block * z.block, n = min64(z.block, shape.t - start), at = (r * blocks + block) * z.d_ld * z.lanes;
-        w.queries.template load<X>(z, a, b, h * z.group + r, start, n);
+        w.queries.load(z, a, b, h * z.group + r, start, n);
         T *dq = parts[0].dq + at;
         for (int64_t g = 1; g < groups; ++g)
           for (int64_t i = 0; i < z.d * z.lanes; ++i) dq[i] += parts[g].dq[at + i];
-        store_dq(dq, w.queries.factor, b, h * z.group + r, start, n);
+        store_dq(w, dq, b, h * z.group + r, start, n);
       }
     store_dlog_g(parts, groups, b, h);
   }
@@ -273,7 +271,7 @@ template <class X> struct PowerBackward {
     load_state(z, a.s0, a.z0, b, h, state);
     for (int64_t start = 0, chunk = 0; start < shape.t; start += z.block, ++chunk) {
       int64_t n = min64(z.block, shape.t - start), lanes = round_up(n, kTileM<T>);
-      w.keys.template load<X>(z, a, b, h, start, n);
+      w.keys.load(z, a, b, h, start, n);
       load_gates(w.gates, w.running, b, h, start, n);
       auto kind = w.gates.present ? Decay<T>::pairwise : Decay<T>::none;
       w.crossing[chunk] = 0;
@@ -294,7 +292,7 @@ template <class X> struct PowerBackward {
         }
         attend_gradient(w, for_queries, n, n, lanes, kind, w.gates, 0, w.dq);
         for (int64_t i = 0; gated && i < n; ++i) out.suffix[start + i] += w.row_sum[i];
-        store_dq(w.dq, w.queries.factor, b, head, start, n);
+        store_dq(w, w.dq, b, head, start, n);
       }
       if (start + n == shape.t && !gated) break;
       pack_tiles(w.keys.v, z.e_ld, n, z.E, w.gates.present ? w.gates.until_end : nullptr, w.u);
@@ -314,7 +312,7 @@ template <class X> struct PowerBackward {
     double flow = gated && !empty ? dot(dstate, state, size) : 0;  // Σ A across the boundary after the chunk
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
       int64_t start = chunk * z.block, n = min64(z.block, shape.t - start), lanes = round_up(n, kTileM<T>);
-      w.keys.template load<X>(z, a, b, h, start, n);
+      w.keys.load(z, a, b, h, start, n);
       load_gates(w.gates, w.running, b, h, start, n);
       auto kind = w.gates.present ? Decay<T>::pairwise : Decay<T>::none;
       clear_keys(w);
@@ -365,7 +363,7 @@ template <class X> struct PowerBackward {
     load_state(z, a.ds, a.dz, b, h, dstate);
     for (int64_t start = 0; start < shape.t_kv; start += z.block) {
       int64_t n = min64(z.block, shape.t_kv - start);
-      w.keys.template load<X>(z, a, b, h, start, n);
+      w.keys.load(z, a, b, h, start, n);
       pack_tiles(w.keys.v, z.e_ld, n, z.E, (const T *)nullptr, w.u);
       update_state<P>(z, false, T(1), w.keys.k, n, w.u, w.features, state);
     }
@@ -375,13 +373,13 @@ template <class X> struct PowerBackward {
         load_queries(w, b, h * z.group + r, start, n);
         memset(w.dq, 0, size_t(z.d * z.lanes) * sizeof(T));
         query_gradient<P>(z, true, w.dn, w.queries.columns, lanes, state, w.features, w.dq);
-        store_dq(w.dq, w.queries.factor, b, h * z.group + r, start, n);
+        store_dq(w, w.dq, b, h * z.group + r, start, n);
         pack_tiles(w.dn_rows, z.e_ld, n, z.E, (const T *)nullptr, w.u);
         update_state<P>(z, true, T(1), w.queries.rows, n, w.u, w.features, dstate);
       }
     for (int64_t start = 0; start < shape.t_kv; start += z.block) {
       int64_t n = min64(z.block, shape.t_kv - start), lanes = round_up(n, kTileM<T>);
-      w.keys.template load<X>(z, a, b, h, start, n);
+      w.keys.load(z, a, b, h, start, n);
       transpose(w.keys.k, z.d_ld, z.lanes, z.d, w.k_columns, z.lanes);
       transpose(w.keys.v, z.e_ld, z.lanes, z.E, w.v_columns, z.lanes);
       memset(w.dq, 0, size_t(z.d * z.lanes) * sizeof(T));

@@ -91,10 +91,10 @@ template <class T> struct KeyBlock {
     k = arena.take<T>(z.lanes * z.d_ld);
     v = arena.take<T>(z.lanes * z.e_ld);
   }
-  template <class X>
   void load(const Sizes<T> &z, const PowerAttentionArrays &a, int64_t b, int64_t h, int64_t start, int64_t n) {
-    pack_rows(pointer<X>(a.k, b, start, h), a.k.stride[1], a.k.stride[3], n, z.d, (const T *)nullptr, k, z.d_ld, z.lanes);
-    pack_rows(pointer<X>(a.v, b, start, h), a.v.stride[1], a.v.stride[3], n, z.e, (const T *)nullptr, v, z.e_ld, z.lanes);
+    const T *no_scale = nullptr;
+    pack_rows(rows_from(a.k, b, start, h, 1), n, z.d, no_scale, k, z.d_ld, z.lanes);
+    pack_rows(rows_from(a.v, b, start, h, 1), n, z.e, no_scale, v, z.e_ld, z.lanes);
     for (int64_t j = 0; j < n; ++j) v[j * z.e_ld + z.e] = 1;
   }
 };
@@ -113,12 +113,11 @@ template <class T> inline T power_of_two(T largest) {
 
 // What a row of queries is multiplied by. With normalize = 1, y does not depend on its length: a power of two brings the largest
 // coordinate into [½, 1), and `scale` matters only where it is 0.
-template <class T, class X> inline T query_factor(const PowerAttentionShape &shape, const X *q, int64_t d, int64_t stride = 1) {
+template <class T> inline T query_factor(const PowerAttentionShape &shape, const T *q, int64_t d) {
   if (!shape.normalize || shape.scale == 0) return T(shape.scale);
   T largest = 0;
   for (int64_t c = 0; c < d; ++c) {
-    T x = widen(q[c * stride]);
-    x = x < 0 ? -x : x;
+    T x = q[c] < 0 ? -q[c] : q[c];
     largest = x > largest ? x : largest;
   }
   return power_of_two(largest);
@@ -132,11 +131,13 @@ template <class T> struct QueryBlock {
     columns = arena.take<T>(z.d_ld * z.lanes);
     factor = arena.take<T>(z.lanes);
   }
-  template <class X>
   void load(const Sizes<T> &z, const PowerAttentionArrays &a, int64_t b, int64_t h, int64_t start, int64_t n) {
-    const X *q = pointer<X>(a.q, b, start, h);
-    for (int64_t i = 0; i < n; ++i) factor[i] = query_factor<T>(z.shape, q + i * a.q.stride[1], z.d, a.q.stride[3]);
-    pack_rows(q, a.q.stride[1], a.q.stride[3], n, z.d, factor, rows, z.d_ld, z.lanes);
+    const T *no_scale = nullptr;
+    pack_rows(rows_from(a.q, b, start, h, 1), n, z.d, no_scale, rows, z.d_ld, z.lanes);
+    for (int64_t i = 0; i < n; ++i) {
+      factor[i] = query_factor(z.shape, rows + i * z.d_ld, z.d);
+      for (int64_t c = 0; c < z.d; ++c) rows[i * z.d_ld + c] *= factor[i];
+    }
     transpose(rows, z.d_ld, z.lanes, z.d, columns, z.lanes);
   }
 };

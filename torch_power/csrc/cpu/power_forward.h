@@ -11,8 +11,7 @@ namespace POWER_ISA {
 // The least exponent whose exp is not 0.
 template <class T> constexpr double kUnderflow = sizeof(T) == 4 ? -104.0 : -746.0;
 
-template <class X> struct PowerForward {
-  typedef Compute<X> T;
+template <class T> struct PowerForward {
   const PowerAttentionShape &shape;
   const PowerAttentionArrays &a;
   Sizes<T> z;
@@ -99,7 +98,7 @@ template <class X> struct PowerForward {
     int64_t blocks = z.blocks(shape.t), block = blocks - 1 - task % blocks;  // the longest first
     int64_t h = task / blocks % shape.h_q, b = task / blocks / shape.h_q, h_kv = h / z.group;
     int64_t start = block * z.block, n = min64(z.block, shape.t - start), lanes = round_up(n, kTileM<T>);
-    w.queries.template load<X>(z, a, b, h, start, n);
+    w.queries.load(z, a, b, h, start, n);
     memset(w.sums, 0, size_t(z.E * z.lanes) * sizeof(T));
     load_gates(w.gates, w.running, b, h_kv, start, n);
     double between = 0;  // log gates from the end of the key block to the start of the query block
@@ -107,7 +106,7 @@ template <class X> struct PowerForward {
     for (int64_t key_block = last; key_block >= 0; --key_block) {
       int64_t key_start = key_block * z.block, n_keys = min64(z.block, shape.t_kv - key_start);
       bool same = shape.causal && key_block == block;
-      w.keys.template load<X>(z, a, b, h_kv, key_start, n_keys);
+      w.keys.load(z, a, b, h_kv, key_start, n_keys);
       if (!w.gates.present || same) {
         attend(w, n_keys, lanes, w.gates.present ? Decay<T>::pairwise : Decay<T>::none, w.gates, same ? 0 : kSeeAll);
         continue;
@@ -125,7 +124,7 @@ template <class X> struct PowerForward {
   // ---- The chunked form ----------------------------------------------------------------------------------------------
 
   template <int P> void add_chunk(Scratch &w, int64_t b, int64_t h, int64_t start, int64_t n, T *state) const {
-    w.keys.template load<X>(z, a, b, h, start, n);
+    w.keys.load(z, a, b, h, start, n);
     load_gates(w.gates, w.running, b, h, start, n);
     pack_tiles(w.keys.v, z.e_ld, n, z.E, w.gates.present ? w.gates.until_end : nullptr, w.u);
     update_state<P>(z, false, w.gates.decay, w.keys.k, n, w.u, w.features, state);
@@ -135,11 +134,11 @@ template <class X> struct PowerForward {
   template <int P> void run_chunks(Scratch &w, int64_t b, int64_t h, int64_t from, int64_t to, bool empty, bool keep, T *state) const {
     for (int64_t start = from; start < to; start += z.block) {
       int64_t n = min64(z.block, to - start), lanes = round_up(n, kTileM<T>);
-      w.keys.template load<X>(z, a, b, h, start, n);
+      w.keys.load(z, a, b, h, start, n);
       load_gates(w.gates, w.running, b, h, start, n);
       for (int64_t r = 0; r < z.group; ++r) {
         int64_t head = h * z.group + r;
-        w.queries.template load<X>(z, a, b, head, start, n);
+        w.queries.load(z, a, b, head, start, n);
         if (empty) {
           memset(w.sums, 0, size_t(z.E * z.lanes) * sizeof(T));
         } else {
@@ -167,7 +166,7 @@ template <class X> struct PowerForward {
     for (int64_t start = 0; start < shape.t; start += z.block) {
       int64_t n = min64(z.block, shape.t - start), lanes = round_up(n, kTileM<T>);
       for (int64_t r = 0; r < z.group; ++r) {
-        w.queries.template load<X>(z, a, b, h * z.group + r, start, n);
+        w.queries.load(z, a, b, h * z.group + r, start, n);
         query_state<P>(z, true, w.queries.columns, lanes, state, z.E, w.features, w.sums);
         finish(w, b, h * z.group + r, start, n);
       }

@@ -9,8 +9,7 @@
 namespace power_cpu {
 namespace POWER_ISA {
 
-template <class X> struct PowerStep {
-  typedef Compute<X> T;
+template <class T> struct PowerStep {
   const PowerAttentionShape &shape;
   const PowerAttentionArrays &a;
   Sizes<T> z;
@@ -33,11 +32,11 @@ template <class X> struct PowerStep {
 
   void load_token(Scratch &w, int64_t b, int64_t h) const {
     const T *one = nullptr;
-    pack_rows(pointer<X>(a.k, b, 0, h), 0, a.k.stride[3], 1, z.d, one, w.k, z.d, 1);
-    pack_rows(pointer<X>(a.v, b, 0, h), 0, a.v.stride[3], 1, z.e, one, w.v, z.e, 1);
-    pack_rows(pointer<X>(a.q, b, 0, h * z.group), a.q.stride[2], a.q.stride[3], z.group, z.d, one, w.q, z.d, z.group);
+    pack_rows(rows_from(a.k, b, 0, h, 1), 1, z.d, one, w.k, z.d, 1);
+    pack_rows(rows_from(a.v, b, 0, h, 1), 1, z.e, one, w.v, z.e, 1);
+    pack_rows(rows_from(a.q, b, 0, h * z.group, 2), z.group, z.d, one, w.q, z.d, z.group);
     for (int64_t r = 0; r < z.group; ++r) {
-      T factor = query_factor<T>(shape, w.q + r * z.d, z.d), score = 0;
+      T factor = query_factor(shape, w.q + r * z.d, z.d), score = 0;
       for (int64_t c = 0; c < z.d; ++c) {
         w.q[r * z.d + c] *= factor;
         score += w.q[r * z.d + c] * w.k[c];
@@ -110,13 +109,13 @@ template <class X> struct PowerStep {
   }
 };
 
-template <class X> int64_t power_forward_workspace(const PowerAttentionShape &shape, int threads) {
-  return (PowerStep<X>::serves(shape) ? PowerStep<X>::workspace : PowerForward<X>::workspace)(shape, threads);
+template <class T> int64_t power_forward_workspace(const PowerAttentionShape &shape, int threads) {
+  return (PowerStep<T>::serves(shape) ? PowerStep<T>::workspace : PowerForward<T>::workspace)(shape, threads);
 }
 
-template <class X>
+template <class T>
 void power_forward(const PowerAttentionShape &shape, const PowerAttentionArrays &a, void *workspace, const PowerExecutor *executor) {
-  return (PowerStep<X>::serves(shape) ? PowerStep<X>::run : PowerForward<X>::run)(shape, a, workspace, executor);
+  return (PowerStep<T>::serves(shape) ? PowerStep<T>::run : PowerForward<T>::run)(shape, a, workspace, executor);
 }
 
 }  // namespace POWER_ISA

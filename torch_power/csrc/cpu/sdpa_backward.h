@@ -10,21 +10,21 @@
 namespace power_cpu {
 namespace POWER_ISA {
 
-template <class X> struct SdpaBackward {
-  typedef Compute<X> T;
+template <class T> struct SdpaBackward {
   const PowerSdpaShape &shape;
   const PowerSdpaArrays &a;
   SdpaSizes<T> z;
   int64_t groups;
 
   struct Scratch {
-    T *q, *columns, *k, *v, *dout, *dout_columns, *stripe, *dstripe, *keep, *dk, *dv, *lse, *delta, *scale;
+    T *q, *columns, *k, *v, *out, *dout, *dout_columns, *stripe, *dstripe, *keep, *dk, *dv, *lse, *delta, *scale;
     uint32_t *words;
     void reserve(Arena &arena, const SdpaSizes<T> &z) {
       q = arena.take<T>(z.lanes * z.d_ld);
       columns = arena.take<T>(z.d_ld * z.lanes);
       k = arena.take<T>(z.lanes * z.d_ld);
       v = arena.take<T>(z.lanes * z.e_ld);
+      out = arena.take<T>(z.lanes * z.e_ld);
       dout = arena.take<T>(z.lanes * z.e_ld);
       dout_columns = arena.take<T>(z.e_ld * z.lanes);
       stripe = arena.take<T>(kScoreRows * z.lanes);
@@ -52,19 +52,21 @@ template <class X> struct SdpaBackward {
       w.scale[i] = T(shape.scale);
       T lse = i < n ? *pointer<T>(a.lse, b, h, start + i) : T(0);
       w.lse[i] = lse == kMinusInfinity<T> ? T(sizeof(T) == 4 ? 1e30 : 1e300) : lse;  // exp(score − lse) = 0
-      w.delta[i] = 0;
-      if (i >= n) continue;
-      const X *out = pointer<X>(a.out, b, h, start + i), *dout = pointer<X>(a.dout, b, h, start + i);
-      for (int64_t c = 0; c < z.e; ++c) w.delta[i] += widen(out[c * a.out.stride[3]]) * widen(dout[c * a.dout.stride[3]]);
     }
-    load_rows<X>(a.q, b, h, start, n, z.d, w.scale, w.q, z.d_ld, ld);
+    load_rows(a.q, b, h, start, n, z.d, w.scale, w.q, z.d_ld, ld);
     transpose(w.q, z.d_ld, ld, z.d, w.columns, ld);
-    load_rows<X>(a.dout, b, h, start, n, z.e, (const T *)nullptr, w.dout, z.e_ld, ld);
+    load_rows(a.dout, b, h, start, n, z.e, (const T *)nullptr, w.dout, z.e_ld, ld);
     transpose(w.dout, z.e_ld, ld, z.e, w.dout_columns, ld);
+    load_rows(a.out, b, h, start, n, z.e, (const T *)nullptr, w.out, z.e_ld, ld);
+    for (int64_t i = 0; i < ld; ++i) {
+      T sum = 0;
+      for (int64_t c = 0; c < z.e; ++c) sum += w.out[i * z.e_ld + c] * w.dout[i * z.e_ld + c];
+      w.delta[i] = sum;
+    }
   }
   void load_keys(Scratch &w, int64_t b, int64_t h, int64_t key_start, int64_t n) const {
-    load_rows<X>(a.k, b, h, key_start, n, z.d, (const T *)nullptr, w.k, z.d_ld, n);
-    load_rows<X>(a.v, b, h, key_start, n, z.e, (const T *)nullptr, w.v, z.e_ld, n);
+    load_rows(a.k, b, h, key_start, n, z.d, (const T *)nullptr, w.k, z.d_ld, n);
+    load_rows(a.v, b, h, key_start, n, z.e, (const T *)nullptr, w.v, z.e_ld, n);
   }
 
   // For one stripe of keys: weights after dropout into w.stripe, gradients of scores into w.dstripe.
@@ -111,8 +113,8 @@ template <class X> struct SdpaBackward {
           }
         }
       const T *one = nullptr;  // dk needs no scale: it is in the q it was made of
-      unpack_rows(w.dk, z.d_ld, n_keys, z.d, one, pointer<X>(a.dk, b, h_kv, key_start), a.dk.stride[2], a.dk.stride[3]);
-      unpack_rows(w.dv, z.e_ld, n_keys, z.e, one, pointer<X>(a.dv, b, h_kv, key_start), a.dv.stride[2], a.dv.stride[3]);
+      unpack_rows(w.dk, z.d_ld, n_keys, z.d, one, rows_from(a.dk, b, h_kv, key_start, 2));
+      unpack_rows(w.dv, z.e_ld, n_keys, z.e, one, rows_from(a.dv, b, h_kv, key_start, 2));
     }
   }
 
@@ -127,7 +129,7 @@ template <class X> struct SdpaBackward {
         for (int64_t g = 1; g < groups; ++g)
           for (int64_t i = 0; i < z.d * ld; ++i) sum[i] += sum[g * dq_size() + i];
         transpose(sum, ld, z.d, ld, w.q, z.d_ld);
-        unpack_rows(w.q, z.d_ld, n, z.d, w.scale, pointer<X>(a.dq, b, h_kv * z.group + r, start), a.dq.stride[2], a.dq.stride[3]);
+        unpack_rows(w.q, z.d_ld, n, z.d, w.scale, rows_from(a.dq, b, h_kv * z.group + r, start, 2));
       }
   }
 

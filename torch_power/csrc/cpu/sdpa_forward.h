@@ -26,10 +26,10 @@ template <class T> struct SdpaSizes {
 };
 
 // Rows [start, start + n) of array `a` of head (b, h), times `scale`, as T; zero past the end.
-template <class X, class T>
+template <class T>
 inline void load_rows(const PowerArray &a, int64_t b, int64_t h, int64_t start, int64_t n, int64_t columns, const T *scale, T *rows,
                       int64_t ld, int64_t n_padded) {
-  pack_rows(pointer<X>(a, b, h, start), a.stride[2], a.stride[3], n, columns, scale, rows, ld, n_padded);
+  pack_rows(rows_from(a, b, h, start, 2), n, columns, scale, rows, ld, n_padded);
 }
 
 // ---- Dropout ----------------------------------------------------------------------------------------------------------
@@ -95,8 +95,7 @@ inline void apply_masks(const PowerSdpaArrays &a, int64_t b, int64_t h, int64_t 
   }
 }
 
-template <class X> struct SdpaForward {
-  typedef Compute<X> T;
+template <class T> struct SdpaForward {
   const PowerSdpaShape &shape;
   const PowerSdpaArrays &a;
   SdpaSizes<T> z;
@@ -155,14 +154,14 @@ template <class X> struct SdpaForward {
       w.largest[i] = kMinusInfinity<T>;
       w.sum[i] = 0;
     }
-    load_rows<X>(a.q, b, h, start, n, z.d, w.scale, w.q, z.d_ld, ld);
+    load_rows(a.q, b, h, start, n, z.d, w.scale, w.q, z.d_ld, ld);
     transpose(w.q, z.d_ld, ld, z.d, w.columns, ld);
     memset(w.out, 0, size_t(z.e_ld * ld) * sizeof(T));
     int64_t end = shape.causal ? min64(start + n, shape.t_kv) : shape.t_kv;
     for (int64_t key_start = 0; key_start < end; key_start += z.block) {
       int64_t n_keys = min64(z.block, end - key_start);
-      load_rows<X>(a.k, b, h_kv, key_start, n_keys, z.d, (const T *)nullptr, w.k, z.d_ld, n_keys);
-      load_rows<X>(a.v, b, h_kv, key_start, n_keys, z.e, (const T *)nullptr, w.v, z.e_ld, n_keys);
+      load_rows(a.k, b, h_kv, key_start, n_keys, z.d, (const T *)nullptr, w.k, z.d_ld, n_keys);
+      load_rows(a.v, b, h_kv, key_start, n_keys, z.e, (const T *)nullptr, w.v, z.e_ld, n_keys);
       for (int64_t j = 0; j < n_keys; j += kScoreRows) {
         int64_t keys = min64(kScoreRows, n_keys - j);
         Visible visible{shape.causal ? key_start + j - start : kSeeAll};
@@ -183,7 +182,7 @@ template <class X> struct SdpaForward {
       *pointer<T>(a.lse, b, h, start + i) = sum == 0 ? kMinusInfinity<T> : w.largest[i] + T(__builtin_log(double(sum)));
     }
     transpose(w.out, ld, z.e, lanes, w.rows, z.e_ld);
-    unpack_rows(w.rows, z.e_ld, n, z.e, w.scale, pointer<X>(a.out, b, h, start), a.out.stride[2], a.out.stride[3]);
+    unpack_rows(w.rows, z.e_ld, n, z.e, w.scale, rows_from(a.out, b, h, start, 2));
   }
 
   static int64_t workspace(const PowerSdpaShape &shape, int threads) {

@@ -1,9 +1,9 @@
-// The CPU kernels for one instruction set and one storage dtype. The build compiles this file once for each pair, with the
+// The CPU kernels for one instruction set and one arithmetic. The build compiles this file once for each pair, with the
 // instruction set's flags and
 //   POWER_ISA           generic, avx2 or avx512: the namespace
 //   POWER_VECTOR_BYTES  16, 32 or 64
-//   POWER_STORAGE       float, double, BFloat16 or Float16
-//   POWER_DTYPE         float32, float64, bfloat16 or float16: the name of the variant
+//   POWER_REAL          float (which also serves bfloat16 and float16, converting at the edges) or double
+//   POWER_VARIANT       in_float32 or in_float64: the name of the table
 #include "power_backward.h"
 #include "power_step.h"
 #include "sdpa_backward.h"
@@ -12,12 +12,12 @@
 namespace power_cpu {
 namespace POWER_ISA {
 
-extern const Variant POWER_DTYPE;
-const Variant POWER_DTYPE = {
-    {power_forward_workspace<POWER_STORAGE>, power_forward<POWER_STORAGE>, PowerBackward<POWER_STORAGE>::workspace,
-     PowerBackward<POWER_STORAGE>::run},
-    {SdpaForward<POWER_STORAGE>::workspace, SdpaForward<POWER_STORAGE>::run, SdpaBackward<POWER_STORAGE>::workspace,
-     SdpaBackward<POWER_STORAGE>::run},
+extern const Variant POWER_VARIANT;
+const Variant POWER_VARIANT = {
+    {power_forward_workspace<POWER_REAL>, power_forward<POWER_REAL>, PowerBackward<POWER_REAL>::workspace,
+     PowerBackward<POWER_REAL>::run},
+    {SdpaForward<POWER_REAL>::workspace, SdpaForward<POWER_REAL>::run, SdpaBackward<POWER_REAL>::workspace,
+     SdpaBackward<POWER_REAL>::run},
 };
 
 }  // namespace POWER_ISA

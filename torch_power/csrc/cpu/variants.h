@@ -1,4 +1,4 @@
-// What each instruction-set variant of the CPU kernels offers to dispatch.cpp, by storage dtype.
+// What each instruction-set variant of the CPU kernels offers to dispatch.cpp, for one arithmetic.
 #pragma once
 
 #include "../abi.h"
@@ -22,10 +22,8 @@ struct Variant {
 
 #define POWER_DECLARE_VARIANTS(ISA) \
   namespace ISA {                   \
-  extern const Variant float32;     \
-  extern const Variant float64;     \
-  extern const Variant bfloat16;    \
-  extern const Variant float16;     \
+  extern const Variant in_float32;  \
+  extern const Variant in_float64;  \
   }
 POWER_DECLARE_VARIANTS(generic)
 #if defined(__x86_64__)

@@ -146,64 +146,86 @@ POWER_INLINE float widen(Float16 x) {
   return bits_to_float(sign | (magnitude >= 0x7c00u ? special : finite));
 }
 
-template <class X> struct NarrowTo;
-template <> struct NarrowTo<float> {
-  static POWER_INLINE float from(float x) { return x; }
-};
-template <> struct NarrowTo<double> {
-  static POWER_INLINE double from(double x) { return x; }
-};
-template <> struct NarrowTo<BFloat16> {
-  static POWER_INLINE BFloat16 from(float x) {  // to nearest, ties to even
-    uint32_t u = float_to_bits(x);
-    uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
-    return BFloat16{uint16_t((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u | (u >> 16) : rounded)};
-  }
-};
-template <> struct NarrowTo<Float16> {
-  static POWER_INLINE Float16 from(float x) {
-    uint32_t u = float_to_bits(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
-    // Below 2^-14 the result is subnormal: adding 0.5 makes the float adder do the rounding to multiples of 2^-24.
-    uint32_t small = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
-    uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
-    uint32_t result = magnitude < 0x38800000u ? small : normal;
-    result = magnitude >= 0x47800000u - 0x1000u ? 0x7c00u : result;  // 65520 and above round to infinity
-    result = magnitude > 0x7f800000u ? 0x7e00u : result;
-    return Float16{uint16_t(sign | result)};
-  }
-};
-
-// The type arithmetic is done in, and the type of gates, states and normalisers.
-template <class X> struct ComputeOf {
-  typedef float type;
-};
-template <> struct ComputeOf<double> {
-  typedef double type;
-};
-template <class X> using Compute = typename ComputeOf<X>::type;
+// Rounding to nearest, ties to even.
+POWER_INLINE void narrow(float x, float *to) { *to = x; }
+POWER_INLINE void narrow(double x, double *to) { *to = x; }
+POWER_INLINE void narrow(float x, BFloat16 *to) {
+  uint32_t u = float_to_bits(x);
+  uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+  to->bits = uint16_t((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u | (u >> 16) : rounded);
+}
+POWER_INLINE void narrow(float x, Float16 *to) {
+  uint32_t u = float_to_bits(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  // Below 2^-14 the result is subnormal: adding 0.5 makes the float adder do the rounding to multiples of 2^-24.
+  uint32_t small = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
+  uint32_t result = magnitude < 0x38800000u ? small : normal;
+  result = magnitude >= 0x477ff000u ? 0x7c00u : result;  // 65520 and above round to infinity
+  result = magnitude > 0x7f800000u ? 0x7e00u : result;
+  to->bits = uint16_t(sign | result);
+}
 
 // ---- Arrays of the interface ------------------------------------------------------------------------------------------
 
-template <class X> POWER_INLINE X *pointer(const PowerArray &a, int64_t i = 0, int64_t j = 0, int64_t k = 0) {
-  return a.data ? static_cast<X *>(a.data) + i * a.stride[0] + j * a.stride[1] + k * a.stride[2] : nullptr;
+template <class T> POWER_INLINE T *pointer(const PowerArray &a, int64_t i = 0, int64_t j = 0, int64_t k = 0) {
+  return a.data ? static_cast<T *>(a.data) + i * a.stride[0] + j * a.stride[1] + k * a.stride[2] : nullptr;
+}
+
+// Rows of numbers of any dtype: x[i, c] is `row·i + column·c` elements from `data`.
+struct Rows {
+  void *data;
+  int64_t row, column;
+  int32_t dtype;
+};
+// From element (i, j, k) of an array on; its axis `row_axis` becomes the rows, its last axis the columns.
+POWER_INLINE Rows rows_from(const PowerArray &a, int64_t i, int64_t j, int64_t k, int row_axis) {
+  int64_t size = a.dtype == POWER_FLOAT64 ? 8 : a.dtype == POWER_FLOAT32 ? 4 : 2;
+  return {static_cast<char *>(a.data) + size * (i * a.stride[0] + j * a.stride[1] + k * a.stride[2]), a.stride[row_axis], a.stride[3],
+          a.dtype};
+}
+
+// f(pointer to the rows' own type); T = double goes with float64 alone, T = float with the others.
+template <class T, class F> POWER_INLINE void with_dtype(const Rows &x, F f) {
+  if constexpr (sizeof(T) == 8) {
+    f(static_cast<double *>(x.data));
+  } else {
+    if (x.dtype == POWER_BFLOAT16)
+      f(static_cast<BFloat16 *>(x.data));
+    else if (x.dtype == POWER_FLOAT16)
+      f(static_cast<Float16 *>(x.data));
+    else
+      f(static_cast<float *>(x.data));
+  }
 }
 
 // rows[i·ld + c] = scale_i · x[i, c] for i < n, c < columns; the rest of each row up to ld, and rows n … n_padded−1, are 0.
-// Axis i of x has stride `row_stride`, axis c `column_stride`. `scale` may be null.
-template <class X, class T>
-inline void pack_rows(const X *x, int64_t row_stride, int64_t column_stride, int64_t n, int64_t columns, const T *scale, T *rows,
-                      int64_t ld, int64_t n_padded) {
-  for (int64_t i = 0; i < n; ++i) {
-    T *out = rows + i * ld;
-    const X *in = x + i * row_stride;
-    T a = scale ? scale[i] : T(1);
-    if (column_stride == 1)
-      for (int64_t c = 0; c < columns; ++c) out[c] = a * widen(in[c]);
-    else
-      for (int64_t c = 0; c < columns; ++c) out[c] = a * widen(in[c * column_stride]);
-    for (int64_t c = columns; c < ld; ++c) out[c] = 0;
-  }
+// `scale` may be null.
+template <class T>
+inline void pack_rows(const Rows &x, int64_t n, int64_t columns, const T *scale, T *rows, int64_t ld, int64_t n_padded) {
+  with_dtype<T>(x, [&](auto *data) {
+    for (int64_t i = 0; i < n; ++i) {
+      T *out = rows + i * ld;
+      auto *in = data + i * x.row;
+      T a = scale ? scale[i] : T(1);
+      if (x.column == 1)
+        for (int64_t c = 0; c < columns; ++c) out[c] = a * widen(in[c]);
+      else
+        for (int64_t c = 0; c < columns; ++c) out[c] = a * widen(in[c * x.column]);
+      for (int64_t c = columns; c < ld; ++c) out[c] = 0;
+    }
+  });
   memset(rows + n * ld, 0, size_t((n_padded - n) * ld) * sizeof(T));
+}
+
+// x[i, c] = scale_i · rows[i·ld + c], rounded once.
+template <class T>
+inline void unpack_rows(const T *rows, int64_t ld, int64_t n, int64_t columns, const T *scale, const Rows &x) {
+  with_dtype<T>(x, [&](auto *data) {
+    for (int64_t i = 0; i < n; ++i) {
+      T a = scale ? scale[i] : T(1);
+      for (int64_t c = 0; c < columns; ++c) narrow(a * rows[i * ld + c], data + i * x.row + c * x.column);
+    }
+  });
 }
 
 // columns[c·ld + i] = rows[i·row_ld + c]: tokens become the contiguous axis.
@@ -212,16 +234,6 @@ template <class T> inline void transpose(const T *rows, int64_t row_ld, int64_t 
   for (int64_t c0 = 0; c0 < columns; c0 += kBlock)
     for (int64_t i = 0; i < n; ++i)
       for (int64_t c = c0; c < min64(c0 + kBlock, columns); ++c) out[c * ld + i] = rows[i * row_ld + c];
-}
-
-// x[i, c] = scale_i · rows[i·ld + c], rounded once to X.
-template <class X, class T>
-inline void unpack_rows(const T *rows, int64_t ld, int64_t n, int64_t columns, const T *scale, X *x, int64_t row_stride,
-                        int64_t column_stride) {
-  for (int64_t i = 0; i < n; ++i) {
-    T a = scale ? scale[i] : T(1);
-    for (int64_t c = 0; c < columns; ++c) x[i * row_stride + c * column_stride] = NarrowTo<X>::from(a * rows[i * ld + c]);
-  }
 }
 
 // Scratch handed out of the caller's workspace in order; with base == 0 it only counts, which is how sizes are queried.
