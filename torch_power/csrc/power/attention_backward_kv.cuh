@@ -1,0 +1,289 @@
+/* Backward of the attention form, second kernel: dk and dv.
+ *
+ *     dv_j = Σ_i w_ij / n_i dy_i,    dk_j = p Σ_i (dp_ij − δ_i) u_ij^(p−1) a_ij q_i,    u_ij = a_ij s_ij,    w_ij / n_i = u_ij^p
+ *
+ * with a_ij = alpha_i (and the p-th root of the gates), alpha and δ from the first kernel. Also Σ_{i>j} A_ij, for dlog_g.
+ *
+ * A persistent block of 128 keys of one key-value head, one warpgroup for every 64; tiles of 64 queries of all the query heads
+ * that read it stream past: Sᵀ = K Qᵀ and dPᵀ = V dYᵀ from shared memory, wᵀ and dSᵀ in registers, dV += wᵀ dY and dK += dSᵀ Q
+ * with dY and Q read down their columns. Nothing but q and dy crosses warpgroups, and heads are not repeated.
+ *
+ * Shared memory: k_smem and v_smem, two slots a warpgroup (dk and dv leave through them), q_smem, dy_smem and the queries'
+ * records in a ring of stages.
+ */
+#pragma once
+
+#include "attention_backward_q.cuh"
+
+namespace power::attention {
+
+/* Stages of 64 queries: what fits beside the two slots. The products of d = 128 take twice as long, so 3 hide as much as 6. */
+template <int kD>
+constexpr int kQueryStages = kD == 64 ? 6 : 3;
+
+struct BackwardKvProblem : Problem {
+  const void *records;  // QueryRecord or GatedQueryRecord [b, h_q, tiles of 64 rows]
+  float *column_sum;    // [b, h_kv, t_kv], with gates: Σ_{i>j} A_ij
+};
+
+template <typename T, int kD, bool kGates>
+struct BackwardKvSmem {
+  using Record = std::conditional_t<kGates, GatedQueryRecord, QueryRecord>;
+  static constexpr int kStages = kQueryStages<kD>;
+  T k[2][kBackwardGroups][kRows * kD];
+  T v[2][kBackwardGroups][kRows * kD];
+  T q[kStages][kRows * kD];
+  T dy[kStages][kRows * kD];
+  Record records[kStages];
+  Barrier kv_full[2][kBackwardGroups], kv_empty[2][kBackwardGroups];
+  Barrier q_full[kStages], q_empty[kStages];
+};
+
+template <typename T, int kD, bool kGates>
+__device__ __forceinline__ void backward_kv_produce(BackwardKvSmem<T, kD, kGates> &smem, const CUtensorMap *q_map, const CUtensorMap *k_map,
+                                                    const CUtensorMap *v_map, const CUtensorMap *dy_map, const BackwardKvProblem &p) {
+  using Record = typename BackwardKvSmem<T, kD, kGates>::Record;
+  constexpr int kStages = kQueryStages<kD>, kBlockRows = kBackwardGroups * kRows;
+  const int tiles = (p.t_kv + kBlockRows - 1) / kBlockRows, items = tiles * p.h_kv * p.b, row_tiles = (p.t_q + kRows - 1) / kRows;
+  const int heads = p.h_q / p.h_kv;
+  RingPosition<2> seat;
+  RingPosition<kStages> ring;
+  for (int round = 0, index; (index = item_index(round)) < items; ++round) {
+    const Item item(index, tiles, p.h_kv, p.b, p.group_heads, false);
+    const int first = item.tile * kBlockRows;
+    for (int g = 0; g < kBackwardGroups; ++g) {
+      Barrier &full = smem.kv_full[seat.slot][g];
+      smem.kv_empty[seat.slot][g].wait(seat.parity ^ 1);
+      if (first + g * kRows < p.t_kv) {
+        full.expect(2 * kRows * kD * sizeof(T));
+        load_tile<kD>(smem.k[seat.slot][g], k_map, kRows, first + g * kRows, item.head, item.batch, full);
+        load_tile<kD>(smem.v[seat.slot][g], v_map, kRows, first + g * kRows, item.head, item.batch, full);
+      } else {
+        full.arrive();  // no rows; the barriers of all warpgroups stay in the same phase
+      }
+    }
+    seat.advance();
+    for (int head = item.head * heads; head < (item.head + 1) * heads; ++head) {
+      const Record *records = static_cast<const Record *>(p.records) + int64_t(item.batch * p.h_q + head) * row_tiles;
+      for (int m = p.causal ? first / kRows : 0; m < row_tiles; ++m, ring.advance()) {
+        Barrier &full = smem.q_full[ring.slot];
+        smem.q_empty[ring.slot].wait(ring.parity ^ 1);
+        full.expect(2 * kRows * kD * sizeof(T) + sizeof(Record));
+        load_tile<kD>(smem.q[ring.slot], q_map, kRows, m * kRows, head, item.batch, full);
+        load_tile<kD>(smem.dy[ring.slot], dy_map, kRows, m * kRows, head, item.batch, full);
+        bulk_load(smem_address(&smem.records[ring.slot]), records + m, sizeof(Record), full.address());
+      }
+    }
+  }
+}
+
+/* The gates of this thread's two keys: g_j, exp(rest_j)^(1/p), and H at the end of their block. */
+struct KeyGates {
+  float sum[2], rest[2], end[2];
+  __device__ __forceinline__ void load(const GateRecord &record, const Fragment &at) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] = record.sum[at.row + 8 * r], rest[r] = record.rest[at.row + 8 * r], end[r] = record.end[r];
+  }
+};
+
+/* float16: powers of two that w / n and dS are multiplied by before they are rounded. */
+struct Packing {
+  float weight = 1.f, dscore = 1.f;
+};
+
+template <typename T, int kD, int kDeg>
+__device__ __forceinline__ Packing choose_packing(const Problem &p, int batch, int head_kv) {
+  Packing packing;
+  if constexpr (is_half<T>) {
+    const int heads = p.h_q / p.h_kv;
+    float q = 0.f, dy = 0.f;
+    for (int h = 0; h < heads; ++h) {
+      q = fmaxf(q, p.q_max[batch * p.h_q + head_kv * heads + h]);
+      dy = fmaxf(dy, p.dy_max[batch * p.h_q + head_kv * heads + h]);
+    }
+    const float score = q * p.k_max[batch * p.h_kv + head_kv], dweight = dy * p.v_max[batch * p.h_kv + head_kv];
+    if (!(score > 0.f && dweight > 0.f)) return packing;
+    // Normalised: w / n ≤ 1, and dS is about dweight / (i · score / √d), 2^10 of it on the first rows; what outgrows 2^16
+    // there (a row that sees only keys nearly orthogonal to it) is clamped. Otherwise both have plain bounds.
+    const int above = exponent_above(score);
+    packing.weight = power_of_two(p.normalize ? 10 : 14 - kDeg * above);
+    packing.dscore = power_of_two(p.normalize ? 10 + above - (kD == 64 ? 3 : 4) - exponent_above(2.f * dweight)
+                                              : 14 - (kDeg - 1) * above - exponent_above(dweight));
+  }
+  return packing;
+}
+
+/* wᵀ / n and dSᵀ of one tile of 64 queries as A operands; adds Σ_{i>j} A_ij to column_sum. kEdge: some queries come before some
+ * keys (columns < key are dropped), or share their block of gates. */
+template <typename T, int kDeg, bool kGates, bool kEdge, typename Record>
+__device__ __forceinline__ void differentiate_columns(const float (&score)[kRows / 2], const float (&dweight)[kRows / 2],
+                                                      uint32_t (&weight)[kRows / 16][4], uint32_t (&dscore)[kRows / 16][4],
+                                                      float (&column_sum)[2], const Record &record, const KeyGates &gates,
+                                                      const Fragment &at, int first_key, const Packing &packing) {
+  float decay[2] = {1.f, 1.f};
+  if constexpr (kGates && !kEdge) {
+    const float between = exp2_fast((record.start[0] - gates.end[0]) + (record.start[1] - gates.end[1]));
+    decay[0] = gates.rest[0] * between, decay[1] = gates.rest[1] * between;
+  }
+#pragma unroll
+  for (int n = 0; n < kRows / 8; ++n) {
+    const float4 query = record.alpha_delta[4 * n + at.quad];
+    float alpha[2] = {query.x, query.y}, sum[2] = {0.f, 0.f};
+    const float delta[2] = {query.z, query.w};
+    if constexpr (kGates) {
+      const float2 g = record.sum[4 * n + at.quad];
+      sum[0] = g.x, sum[1] = g.y;
+      if constexpr (!kEdge) alpha[0] *= exp2_fast(g.x), alpha[1] *= exp2_fast(g.y);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float w[2], ds[2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int column = 8 * n + 2 * at.quad + c;
+        float a = alpha[c];
+        if constexpr (kGates) a *= kEdge ? exp2_fast(sum[c] - gates.sum[r]) : decay[r];
+        const float u = a * score[4 * n + 2 * r + c], lower = lower_power_of<kDeg>(u), dw = dweight[4 * n + 2 * r + c] - delta[c];
+        w[c] = lower * u;
+        ds[c] = dw * a * lower;
+        if (kEdge && column < first_key + 8 * r) w[c] = 0.f, ds[c] = 0.f;
+        if (kGates && !(kEdge && column <= first_key + 8 * r)) column_sum[r] += w[c] * dw;
+        if constexpr (is_half<T>) w[c] *= packing.weight, ds[c] *= packing.dscore;
+      }
+      weight[n >> 1][2 * (n & 1) + r] = pack<T>(w[0], w[1]);
+      dscore[n >> 1][2 * (n & 1) + r] = pack<T>(ds[0], ds[1]);
+    }
+  }
+}
+
+template <typename T, int kD, int kDeg, bool kGates>
+__device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGates> &smem, const CUtensorMap *dk_map, const CUtensorMap *dv_map,
+                                                    const BackwardKvProblem &p, int group) {
+  constexpr int kStages = kQueryStages<kD>, kBlockRows = kBackwardGroups * kRows;
+  const Fragment at(threadIdx.x % kWarpgroup);
+  const int tiles = (p.t_kv + kBlockRows - 1) / kBlockRows, items = tiles * p.h_kv * p.b, row_tiles = (p.t_q + kRows - 1) / kRows;
+  const int heads = p.h_q / p.h_kv;
+  RingPosition<2> seat;
+  RingPosition<kStages> ring;
+  for (int round = 0, index; (index = item_index(round)) < items; ++round, seat.advance()) {
+    const Item item(index, tiles, p.h_kv, p.b, p.group_heads, false);
+    const int first = item.tile * kBlockRows + group * kRows;
+    const bool real = first < p.t_kv;
+    const int from = p.causal ? item.tile * kBlockRows / kRows : 0;
+    const uint32_t k_smem = smem_address(smem.k[seat.slot][group]), v_smem = smem_address(smem.v[seat.slot][group]);
+    const GateRecord *records = p.gates + int64_t(item.batch * p.h_kv + item.head) * (((p.t_kv + kGateBlock - 1) / kGateBlock) * 2);
+    KeyGates gates;
+    if (kGates && real) gates.load(records[first / kRows], at);
+    const Packing packing = choose_packing<T, kD, kDeg>(p, item.batch, item.head);
+    if (real) smem.kv_full[seat.slot][group].wait(seat.parity);
+
+    float dk[kD / 2], dv[kD / 2], column_sum[2] = {0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < kD / 2; ++i) dk[i] = dv[i] = 0.f;
+    int previous = -1;
+#pragma unroll 1
+    for (int head = 0; head < heads; ++head) {
+#pragma unroll 1
+      for (int m = from; m < row_tiles; ++m, ring.advance()) {
+        smem.q_full[ring.slot].wait(ring.parity);
+        if (!real || (p.causal && (m + 1) * kRows <= first)) {  // a tile that only earlier keys of the block meet
+          smem.q_empty[ring.slot].release();
+          continue;
+        }
+        float score[kRows / 2], dweight[kRows / 2];
+        uint32_t weight[kRows / 16][4], dscore[kRows / 16][4];
+        const uint32_t q_smem = smem_address(smem.q[ring.slot]), dy_smem = smem_address(smem.dy[ring.slot]);
+        pin(score);
+        wgmma_fence();
+        multiply_rows<T, kD, kRows>(score, k_smem, q_smem);
+        wgmma_commit();
+        wgmma_wait<1>();  // ends the sums of the tile before, whose operands' registers dPᵀ needs
+        pin(dk);
+        pin(dv);
+        if (previous >= 0) smem.q_empty[previous].release();
+        pin(dweight);
+        wgmma_fence();
+        multiply_rows<T, kD, kRows>(dweight, v_smem, dy_smem);
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(score);
+        pin(dweight);
+        const auto &record = smem.records[ring.slot];
+        if (p.causal && (kGates ? m * kRows < first / kGateBlock * kGateBlock + kGateBlock : m * kRows < first + kRows))
+          differentiate_columns<T, kDeg, kGates, true>(score, dweight, weight, dscore, column_sum, record, gates, at, first - m * kRows + at.row, packing);
+        else
+          differentiate_columns<T, kDeg, kGates, false>(score, dweight, weight, dscore, column_sum, record, gates, at, 0, packing);
+        pin(weight);
+        pin(dscore);
+        pin(dk);
+        pin(dv);
+        wgmma_fence();
+        accumulate<T, kD, kRows>(dv, weight, dy_smem);
+        accumulate<T, kD, kRows>(dk, dscore, q_smem);
+        wgmma_commit();
+        previous = ring.slot;
+      }
+    }
+    wgmma_wait<0>();
+    pin(dk);
+    pin(dv);
+    if (previous >= 0) smem.q_empty[previous].release();
+    if (!real) {
+      if (at.thread == 0) {
+        smem.kv_full[seat.slot][group].wait(seat.parity);
+        smem.kv_empty[seat.slot][group].arrive();
+      }
+      continue;
+    }
+
+    const float plain = p.normalize ? 1.f : p.scale_p, dk_factor = kDeg * plain / packing.dscore, dv_factor = plain / packing.weight;
+    if constexpr (kGates) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int key = first + at.row + 8 * r;
+        const float sum = sum_of_quad(column_sum[r]) * plain;
+        if (at.quad == 0 && key < p.t_kv) p.column_sum[int64_t(item.batch * p.h_kv + item.head) * p.t_kv + key] = sum;
+      }
+    }
+    warpgroup_sync(group);  // no warp still multiplies with the k and v that their gradients replace
+    store_tile<T, kD>(k_smem, dk, at, {dk_factor, dk_factor});
+    store_tile<T, kD>(v_smem, dv, at, {dv_factor, dv_factor});
+    fence_proxy_async();
+    warpgroup_sync(group);
+    if (at.thread == 0) {
+      store_tile_to_global<kD>(dk_map, smem.k[seat.slot][group], first, item.head, item.batch);
+      store_tile_to_global<kD>(dv_map, smem.v[seat.slot][group], first, item.head, item.batch);
+      bulk_commit();
+      bulk_wait_read<0>();
+      smem.kv_empty[seat.slot][group].arrive();
+    }
+  }
+  if (at.thread == 0) bulk_wait<0>();
+}
+
+template <typename T, int kD, int kDeg, bool kGates>
+__global__ void __launch_bounds__((kBackwardGroups + 1) * kWarpgroup, 1)
+    backward_kv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                       const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap dy_map,
+                       const __grid_constant__ CUtensorMap dk_map, const __grid_constant__ CUtensorMap dv_map,
+                       const __grid_constant__ BackwardKvProblem p) {
+  extern __shared__ __align__(1024) uint8_t smem_bytes[];
+  auto &smem = *reinterpret_cast<BackwardKvSmem<T, kD, kGates> *>(smem_bytes);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < 2 * kBackwardGroups; ++s) (&smem.kv_full[0][0])[s].init(1), (&smem.kv_empty[0][0])[s].init(1);
+    for (int s = 0; s < kQueryStages<kD>; ++s)
+      smem.q_full[s].init(1), smem.q_empty[s].init(4 * kBackwardGroups);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  const int group = threadIdx.x / kWarpgroup;
+  if (group == kBackwardGroups) {
+    registers_lower<kBackwardProducerRegisters>();
+    if (threadIdx.x % kWarpgroup == 0) backward_kv_produce<T, kD, kGates>(smem, &q_map, &k_map, &v_map, &dy_map, p);
+  } else {
+    registers_raise<kBackwardConsumerRegisters>();
+    backward_kv_consume<T, kD, kDeg, kGates>(smem, &dk_map, &dv_map, p, group);
+  }
+}
+
+}  // namespace power::attention

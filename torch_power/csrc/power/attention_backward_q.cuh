@@ -1,0 +1,296 @@
+/* Backward of the attention form, first kernel: dq, and what the second kernel needs of every query.
+ *
+ *     dq_i = f_i · Σ_j (dp_ij − δ_i) s_ij^(p−1) exp(G_i − G_j) k_j,   dp = dY Vᵀ,   δ_i = dy_i·y_i,   f_i = p c_i / n_i
+ *     A_ij = w_ij (dp_ij − δ_i) / n_i summed over j < i (the diagonal carries no gate), for dlog_g
+ *
+ * A persistent block of 64·kGroups query rows of one head, one warpgroup for every 64; tiles of keys and values stream past:
+ * S = Q Kᵀ and dP = dY Vᵀ from shared memory, dS in registers, dQ += dS K with K read down its columns. No sum leaves its
+ * warpgroup, so the result has one order of additions. One thread of the last warpgroup issues the copies.
+ *
+ * Shared memory: q_smem and dy_smem, two slots a warpgroup (dq leaves through q's), k_smem and v_smem in a ring of stages.
+ */
+#pragma once
+
+#include "attention_forward.cuh"
+
+namespace power::attention {
+
+/* d: keys  stages  why
+ *  64: 128   4       S, dP, dQ, dS are 64 + 64 + 32 + 32 registers: fits 240; wider products load less from shared memory
+ * 128: 64    3       dQ is 64 registers already; 3 stages beside the two slots are all of shared memory */
+template <int kD>
+struct BackwardQTiles;
+template <>
+struct BackwardQTiles<64> {
+  static constexpr int kKeys = 128, kStages = 4;
+};
+template <>
+struct BackwardQTiles<128> {
+  static constexpr int kKeys = 64, kStages = 3;
+};
+constexpr int kBackwardGroups = 2;
+constexpr int kBackwardProducerRegisters = 24, kBackwardConsumerRegisters = 240;
+
+struct BackwardQProblem : Problem {
+  const void *y;
+  int64_t y_stride[3];
+  int e;
+  void *records;  // QueryRecord or GatedQueryRecord [b, h_q, tiles of 64 rows]
+  float *row_sum;  // [b, h_q, t_q], with gates: Σ_{j<i} A_ij
+};
+
+template <typename T, int kD, bool kGates>
+struct BackwardQSmem {
+  static constexpr int kKeys = BackwardQTiles<kD>::kKeys, kStages = BackwardQTiles<kD>::kStages;
+  T q[2][kBackwardGroups][kRows * kD];
+  T dy[2][kBackwardGroups][kRows * kD];
+  T k[kStages][kKeys * kD];
+  T v[kStages][kKeys * kD];
+  GateRecord gates[kGates ? kStages : 1][kKeys / kRows];
+  Barrier q_full[2][kBackwardGroups], q_empty[2][kBackwardGroups];
+  Barrier kv_full[kStages], kv_empty[kStages];
+};
+
+template <typename T, int kD, bool kGates>
+__device__ __forceinline__ void backward_q_produce(BackwardQSmem<T, kD, kGates> &smem, const CUtensorMap *q_map, const CUtensorMap *k_map,
+                                                   const CUtensorMap *v_map, const CUtensorMap *dy_map, const Problem &p) {
+  constexpr int kKeys = BackwardQTiles<kD>::kKeys, kStages = BackwardQTiles<kD>::kStages, kBlockRows = kBackwardGroups * kRows;
+  constexpr uint32_t kTileBytes = 2 * kKeys * kD * sizeof(T), kGateBytes = sizeof(smem.gates[0]);
+  const int tiles = (p.t_q + kBlockRows - 1) / kBlockRows, items = tiles * p.h_q * p.b;
+  RingPosition<2> seat;
+  RingPosition<kStages> ring;
+  for (int round = 0, index; (index = item_index(round)) < items; ++round) {
+    const Item item(index, tiles, p.h_q, p.b, p.group_heads, p.causal);
+    const int head_kv = item.head / (p.h_q / p.h_kv), first = item.tile * kBlockRows;
+    for (int g = 0; g < kBackwardGroups; ++g) {
+      Barrier &full = smem.q_full[seat.slot][g];
+      smem.q_empty[seat.slot][g].wait(seat.parity ^ 1);
+      if (first + g * kRows < p.t_q) {
+        full.expect(2 * kRows * kD * sizeof(T));
+        load_tile<kD>(smem.q[seat.slot][g], q_map, kRows, first + g * kRows, item.head, item.batch, full);
+        load_tile<kD>(smem.dy[seat.slot][g], dy_map, kRows, first + g * kRows, item.head, item.batch, full);
+      } else {
+        full.arrive();  // no rows; the barriers of all warpgroups stay in the same phase
+      }
+    }
+    seat.advance();
+    const int seen = tiles_seen(p, first, min(kBlockRows, p.t_q - first), kKeys);
+    const GateRecord *gates = p.gates + int64_t(item.batch * p.h_kv + head_kv) * (((p.t_kv + kGateBlock - 1) / kGateBlock) * 2);
+    for (int n = 0; n < seen; ++n, ring.advance()) {
+      Barrier &full = smem.kv_full[ring.slot];
+      smem.kv_empty[ring.slot].wait(ring.parity ^ 1);
+      full.expect(kTileBytes + (kGates ? kGateBytes : 0));
+      load_tile<kD>(smem.k[ring.slot], k_map, kKeys, n * kKeys, head_kv, item.batch, full);
+      load_tile<kD>(smem.v[ring.slot], v_map, kKeys, n * kKeys, head_kv, item.batch, full);
+      if constexpr (kGates) bulk_load(smem_address(smem.gates[ring.slot]), gates + n * (kKeys / kRows), kGateBytes, full.address());
+    }
+  }
+}
+
+/* This thread's half of one row of y (two threads share a row, as in `normalize_row`), zeros past the end. */
+template <typename T, int kD>
+struct HalfRow {
+  uint4 chunk[kD / 16];
+  __device__ HalfRow(const BackwardQProblem &p, const Item &item, int row, int thread) {
+    const T *y = static_cast<const T *>(p.y) + item.batch * p.y_stride[0] + row * p.y_stride[1] + item.head * p.y_stride[2];
+#pragma unroll
+    for (int i = 0; i < kD / 16; ++i) {
+      const int column = ((thread & 1) * (kD / 16) + i) * 8;
+      chunk[i] = p.normalize && row < p.t_q && column < p.e ? *reinterpret_cast<const uint4 *>(y + column) : make_uint4(0, 0, 0, 0);
+    }
+  }
+  /* (dy·y, dy·dy) of the whole row, dy in shared memory. */
+  __device__ float2 dot(uint32_t dy_tile, int thread) const {
+    float2 sum = {0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < kD / 16; ++i) {
+      const uint4 x = load_shared_128(chunk_address(dy_tile, kRows, thread >> 1, (thread & 1) * (kD / 16) + i));
+      const uint32_t a[4] = {x.x, x.y, x.z, x.w}, b[4] = {chunk[i].x, chunk[i].y, chunk[i].z, chunk[i].w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 u = Pair<T>::unpack(a[j]), w = Pair<T>::unpack(b[j]);
+        sum.x += u.x * w.x + u.y * w.y;
+        if constexpr (is_half<T>) sum.y += u.x * u.x + u.y * u.y;
+      }
+    }
+    sum.x += __shfl_xor_sync(~0u, sum.x, 1);
+    if constexpr (is_half<T>) sum.y += __shfl_xor_sync(~0u, sum.y, 1);
+    return sum;
+  }
+};
+
+/* dS of one tile of keys as the A operand of dQ += dS K; adds Σ_{j<i} w (dp − δ) to row_sum. kEdge as in `weigh`. */
+template <typename T, int kDeg, bool kGates, bool kEdge, int kKeys>
+__device__ __forceinline__ void differentiate_rows(const float (&score)[kKeys / 2], const float (&dweight)[kKeys / 2],
+                                                   uint32_t (&dscore)[kKeys / 16][4], float (&row_sum)[2], const float (&delta)[2],
+                                                   const float (&packing)[2], const Fragment &at, int first_row,
+                                                   const GateRecord *records, const QueryGates *gates, float scale) {
+  float decay[2] = {scale, scale};
+  if constexpr (kGates && !kEdge) decay[0] = gates->decay(*records, 0), decay[1] = gates->decay(*records, 1);
+#pragma unroll
+  for (int n = 0; n < kKeys / 8; ++n) {
+    const int column = 8 * n + 2 * at.quad;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float ds[2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float factor = 1.f, s = score[4 * n + 2 * r + c];
+        if constexpr (kGates || is_half<T>) factor = score_factor<T, kGates, kEdge>(records, gates, decay, scale, column + c, r), s *= factor;
+        const float dw = dweight[4 * n + 2 * r + c] - delta[r];
+        // s carries the gates' p-th root, so s^(p−1) lacks one more of it; the scale of the head belongs to c_i instead.
+        ds[c] = lower_power_of<kDeg>(s) * dw;
+        if constexpr (kGates) ds[c] *= is_half<T> ? factor / scale : factor;
+        if (kEdge && column + c > first_row + 8 * r) ds[c] = 0.f;
+        if (kGates && !(kEdge && column + c >= first_row + 8 * r)) row_sum[r] += power_of<kDeg>(s) * dw;
+        if constexpr (is_half<T>) ds[c] *= packing[r];
+      }
+      dscore[n >> 1][2 * (n & 1) + r] = pack<T>(ds[0], ds[1]);
+    }
+  }
+}
+
+template <typename T, int kD, int kDeg, bool kGates>
+__device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGates> &smem, const CUtensorMap *dq_map,
+                                                   const BackwardQProblem &p, int group) {
+  constexpr int kKeys = BackwardQTiles<kD>::kKeys, kStages = BackwardQTiles<kD>::kStages, kBlockRows = kBackwardGroups * kRows;
+  using Record = std::conditional_t<kGates, GatedQueryRecord, QueryRecord>;
+  const Fragment at(threadIdx.x % kWarpgroup);
+  const int tiles = (p.t_q + kBlockRows - 1) / kBlockRows, items = tiles * p.h_q * p.b, row_tiles = (p.t_q + kRows - 1) / kRows;
+  RingPosition<2> seat;
+  RingPosition<kStages> ring;
+  for (int round = 0, index; (index = item_index(round)) < items; ++round, seat.advance()) {
+    const Item item(index, tiles, p.h_q, p.b, p.group_heads, p.causal);
+    const int head_kv = item.head / (p.h_q / p.h_kv), first = item.tile * kBlockRows + group * kRows;
+    const int seen = tiles_seen(p, item.tile * kBlockRows, min(kBlockRows, p.t_q - item.tile * kBlockRows), kKeys);
+    const int mine = first < p.t_q ? tiles_seen(p, first, kRows, kKeys) : 0;
+    if (first < p.t_q) {
+      const int row = first + (at.thread >> 1);  // of the half row this thread prepares
+      const HalfRow<T, kD> y(p, item, row, at.thread);
+      const float norm = row < p.t_q ? p.norm[item.batch * p.norm_stride[0] + row * p.norm_stride[1] + item.head * p.norm_stride[2]] : 0.f;
+      const float head_factor = head_scale<T, kDeg>(p, item.batch, head_kv);
+      const GateRecord *records = p.gates + int64_t(item.batch * p.h_kv + head_kv) * (((p.t_kv + kGateBlock - 1) / kGateBlock) * 2);
+      QueryGates gates;
+      if constexpr (kGates) gates.load(records[first / kRows], at);
+
+      const uint32_t q_smem = smem_address(smem.q[seat.slot][group]), dy_smem = smem_address(smem.dy[seat.slot][group]);
+      smem.q_full[seat.slot][group].wait(seat.parity);
+      const float row_scale = normalize_row<T, kD>(q_smem, at.thread) * head_factor;
+      const float2 dots = y.dot(dy_smem, at.thread);
+      fence_proxy_async();  // the products read through the copy engine's path what these threads just wrote
+      warpgroup_sync(group);
+
+      // What the second kernel needs: w / n = (alpha s)^p in terms of the unscaled s.
+      const bool real = row < p.t_q && !p.zero;
+      Record &record = static_cast<Record *>(p.records)[int64_t(item.batch * p.h_q + item.head) * row_tiles + first / kRows];
+      float *pair = &record.alpha_delta[at.thread >> 2].x + ((at.thread >> 1) & 1);
+      if (at.thread & 1) pair[2] = dots.x;
+      else pair[0] = !real ? 0.f : p.normalize ? row_scale * inverse_root<kDeg>(norm) : 1.f;
+      if constexpr (kGates) {
+        if (at.thread < kRows / 2) record.sum[at.thread] = *reinterpret_cast<const float2 *>(&records[first / kRows].sum[2 * at.thread]);
+        if (at.thread < 2) record.start[at.thread] = records[first / kRows].start[at.thread];
+      }
+      float weight_factor = !real ? 0.f : p.normalize ? (norm == 0.f ? 0.f : 1.f / norm) : p.scale_p / power_of<kDeg>(row_scale);
+      float half_packing = 1.f;  // float16: bounds |dp − δ| s^(p−1) by 2^15, row by row
+      if constexpr (is_half<T>) {
+        const float largest = 2.f * sqrtf(dots.y) * p.v_max[item.batch * p.h_kv + head_kv];
+        if (largest > 0.f) half_packing = power_of_two(15 - score_bits<kDeg> * (kDeg - 1) - exponent_above(largest));
+      }
+      float delta[2], packing[2], row_sum[2] = {0.f, 0.f}, dq[kD / 2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) delta[r] = at.of_row(dots.x, r), packing[r] = at.of_row(half_packing, r);
+#pragma unroll
+      for (int i = 0; i < kD / 2; ++i) dq[i] = 0.f;
+      int previous = 0;
+#pragma unroll 1
+      for (int n = 0; n < mine; ++n, ring.advance()) {
+        float score[kKeys / 2], dweight[kKeys / 2];
+        uint32_t dscore[kKeys / 16][4];
+        const uint32_t k_smem = smem_address(smem.k[ring.slot]);
+        smem.kv_full[ring.slot].wait(ring.parity);
+        pin(score);
+        pin(dweight);
+        wgmma_fence();
+        multiply_rows<T, kD, kKeys>(score, q_smem, k_smem);
+        multiply_rows<T, kD, kKeys>(dweight, dy_smem, smem_address(smem.v[ring.slot]));
+        wgmma_commit();
+        wgmma_wait<0>();  // also ends dQ += dS K of the tile before
+        pin(score);
+        pin(dweight);
+        pin(dq);
+        if (n) smem.kv_empty[previous].release();
+        const int key = n * kKeys;
+        const GateRecord *key_gates = smem.gates[kGates ? ring.slot : 0];
+        if (p.causal && key + kKeys > (kGates ? first / kGateBlock * kGateBlock : first))
+          differentiate_rows<T, kDeg, kGates, true, kKeys>(score, dweight, dscore, row_sum, delta, packing, at, first - key + at.row, key_gates, &gates, head_factor);
+        else
+          differentiate_rows<T, kDeg, kGates, false, kKeys>(score, dweight, dscore, row_sum, delta, packing, at, 0, key_gates, &gates, head_factor);
+        pin(dscore);
+        pin(dq);
+        wgmma_fence();
+        accumulate<T, kD, kKeys>(dq, dscore, k_smem);
+        wgmma_commit();
+        previous = ring.slot;
+      }
+      wgmma_wait<0>();
+      pin(dq);
+      if (mine) smem.kv_empty[previous].release();
+
+      float factor[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int frag_row = first + at.row + 8 * r;
+        const float weight = at.of_row(weight_factor, r);
+        factor[r] = kDeg * at.of_row(row_scale, r) * weight / packing[r];
+        if constexpr (kGates) {
+          const float sum = sum_of_quad(row_sum[r]) * weight;
+          if (at.quad == 0 && frag_row < p.t_q) p.row_sum[int64_t(item.batch * p.h_q + item.head) * p.t_q + frag_row] = sum;
+        }
+      }
+      warpgroup_sync(group);  // no warp still multiplies with the q that dq replaces
+      store_tile<T, kD>(q_smem, dq, at, factor);
+      fence_proxy_async();
+      warpgroup_sync(group);
+      if (at.thread == 0) {
+        store_tile_to_global<kD>(dq_map, smem.q[seat.slot][group], first, item.head, item.batch);
+        bulk_commit();
+        bulk_wait_read<0>();
+        smem.q_empty[seat.slot][group].arrive();
+      }
+    } else if (at.thread == 0) {
+      smem.q_full[seat.slot][group].wait(seat.parity);
+      smem.q_empty[seat.slot][group].arrive();
+    }
+    for (int n = mine; n < seen; ++n, ring.advance()) {  // tiles that only later rows of the block see
+      smem.kv_full[ring.slot].wait(ring.parity);
+      smem.kv_empty[ring.slot].release();
+    }
+  }
+  if (at.thread == 0) bulk_wait<0>();
+}
+
+template <typename T, int kD, int kDeg, bool kGates>
+__global__ void __launch_bounds__((kBackwardGroups + 1) * kWarpgroup, 1)
+    backward_q_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                      const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap dy_map,
+                      const __grid_constant__ CUtensorMap dq_map, const __grid_constant__ BackwardQProblem p) {
+  extern __shared__ __align__(1024) uint8_t smem_bytes[];
+  auto &smem = *reinterpret_cast<BackwardQSmem<T, kD, kGates> *>(smem_bytes);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < 2 * kBackwardGroups; ++s) (&smem.q_full[0][0])[s].init(1), (&smem.q_empty[0][0])[s].init(1);
+    for (int s = 0; s < BackwardQTiles<kD>::kStages; ++s)
+      smem.kv_full[s].init(1), smem.kv_empty[s].init(4 * kBackwardGroups);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  const int group = threadIdx.x / kWarpgroup;
+  if (group == kBackwardGroups) {
+    registers_lower<kBackwardProducerRegisters>();
+    if (threadIdx.x % kWarpgroup == 0) backward_q_produce<T, kD, kGates>(smem, &q_map, &k_map, &v_map, &dy_map, p);
+  } else {
+    registers_raise<kBackwardConsumerRegisters>();
+    backward_q_consume<T, kD, kDeg, kGates>(smem, &dq_map, p, group);
+  }
+}
+
+}  // namespace power::attention

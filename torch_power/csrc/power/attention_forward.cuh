@@ -1,0 +1,254 @@
+/* Forward of the attention form: y_i = Σ_j w_ij v_j / Σ_j w_ij, w_ij = s_ij^p · exp(G_i − G_j), s = c_i q_i·k_j.
+ *
+ * A persistent block of 64·kGroups query rows of one head; each consumer warpgroup owns 64 of them and shares the stream of
+ * 128-key tiles: S = Q Kᵀ (both from shared memory), S → w in registers, O += w V (w from registers, V as stored). There is no
+ * running maximum and nothing is rescaled, so a tile costs 2–3 instructions a score beside its two products, and three (d = 64)
+ * or two (d = 128) warpgroups in turn keep the matrix units busy. One thread of the last warpgroup issues all copies.
+ *
+ * Shared memory: q_smem, two slots a warpgroup (the next item's q arrives under this one's products; y leaves through the
+ * same slot), k_smem and v_smem in a ring of stages, gates of the keys beside k.
+ */
+#pragma once
+
+#include "attention_common.cuh"
+
+namespace power::attention {
+
+/* d: groups  stages  why
+ *  64: 3     4       3 warpgroups beat 2 by 5–10 % (695 TFLOP/s at t = 16384); 160 registers hold S (64), O (32), w (32)
+ * 128: 2     2       O is 64 registers, so 240 a thread; 2 stages of 64 KiB is what fits */
+template <int kD>
+struct ForwardTiles;
+template <>
+struct ForwardTiles<64> {
+  static constexpr int kGroups = 3, kStages = 4, kProducerRegisters = 32, kConsumerRegisters = 160;
+};
+template <>
+struct ForwardTiles<128> {
+  static constexpr int kGroups = 2, kStages = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+};
+constexpr int kForwardKeys = 128;
+
+template <typename T, int kD, bool kGates>
+struct ForwardSmem {
+  static constexpr int kGroups = ForwardTiles<kD>::kGroups, kStages = ForwardTiles<kD>::kStages;
+  T q[2][kGroups][kRows * kD];
+  T k[kStages][kForwardKeys * kD];
+  T v[kStages][kForwardKeys * kD];
+  GateRecord gates[kGates ? kStages : 1][kForwardKeys / kRows];
+  Barrier q_full[2][kGroups], q_empty[2][kGroups];
+  Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+};
+
+/* Key tiles that rows first … first + rows − 1 see. */
+__device__ __forceinline__ int tiles_seen(const Problem &p, int first, int rows, int keys) {
+  const int all = (p.t_kv + keys - 1) / keys;
+  return p.causal ? min(all, (first + rows - 1) / keys + 1) : all;
+}
+
+template <typename T, int kD, bool kGates>
+__device__ __forceinline__ void forward_produce(ForwardSmem<T, kD, kGates> &smem, const CUtensorMap *q_map, const CUtensorMap *k_map,
+                                                const CUtensorMap *v_map, const Problem &p) {
+  constexpr int kGroups = ForwardTiles<kD>::kGroups, kStages = ForwardTiles<kD>::kStages, kBlockRows = kGroups * kRows;
+  constexpr uint32_t kTileBytes = kForwardKeys * kD * sizeof(T), kGateBytes = sizeof(smem.gates[0]);
+  const int tiles = (p.t_q + kBlockRows - 1) / kBlockRows, items = tiles * p.h_q * p.b;
+  RingPosition<2> seat;
+  RingPosition<kStages> ring;
+  for (int round = 0, index; (index = item_index(round)) < items; ++round) {
+    const Item item(index, tiles, p.h_q, p.b, p.group_heads, p.causal);
+    const int head_kv = item.head / (p.h_q / p.h_kv), first = item.tile * kBlockRows;
+    for (int g = 0; g < kGroups; ++g) {
+      Barrier &full = smem.q_full[seat.slot][g];
+      smem.q_empty[seat.slot][g].wait(seat.parity ^ 1);
+      if (first + g * kRows < p.t_q) {
+        full.expect(kRows * kD * sizeof(T));
+        load_tile<kD>(smem.q[seat.slot][g], q_map, kRows, first + g * kRows, item.head, item.batch, full);
+      } else {
+        full.arrive();  // no rows; the barriers of all warpgroups stay in the same phase
+      }
+    }
+    seat.advance();
+    const int seen = tiles_seen(p, first, min(kBlockRows, p.t_q - first), kForwardKeys);
+    const GateRecord *gates = p.gates + int64_t(item.batch * p.h_kv + head_kv) * (((p.t_kv + kGateBlock - 1) / kGateBlock) * 2);
+    for (int n = 0; n < seen; ++n, ring.advance()) {
+      const int s = ring.slot;
+      smem.k_empty[s].wait(ring.parity ^ 1);
+      smem.k_full[s].expect(kTileBytes + (kGates ? kGateBytes : 0));
+      load_tile<kD>(smem.k[s], k_map, kForwardKeys, n * kForwardKeys, head_kv, item.batch, smem.k_full[s]);
+      if constexpr (kGates) bulk_load(smem_address(smem.gates[s]), gates + n * (kForwardKeys / kRows), kGateBytes, smem.k_full[s].address());
+      smem.v_empty[s].wait(ring.parity ^ 1);
+      smem.v_full[s].expect(kTileBytes);
+      load_tile<kD>(smem.v[s], v_map, kForwardKeys, n * kForwardKeys, head_kv, item.batch, smem.v_full[s]);
+    }
+  }
+}
+
+/* The gates of this thread's two query rows: g_i, exp(g_i)^(1/p), and H at the start of their block. */
+struct QueryGates {
+  float sum[2], growth[2], start[2];
+  __device__ __forceinline__ void load(const GateRecord &record, const Fragment &at) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] = record.sum[at.row + 8 * r], growth[r] = exp2_fast(sum[r]), start[r] = record.start[r];
+  }
+  /* exp(H_i − H_j)^(1/p) · exp(g_i)^(1/p) for the keys of `record`'s block, one that ended before this one started. */
+  __device__ float decay(const GateRecord &record, int r) const {
+    return growth[r] * exp2_fast((start[0] - record.end[0]) + (start[1] - record.end[1]));
+  }
+};
+
+/* The factor of score (i, j) from its gates and, in float16, from the scale of the head. kSame: both in one block of 128. */
+template <typename T, bool kGates, bool kSame>
+__device__ __forceinline__ float score_factor(const GateRecord *records, const QueryGates *gates, const float (&decay)[2], float scale,
+                                              int column, int r) {
+  if constexpr (!kGates) return scale;
+  const GateRecord &record = records[column >> 6];
+  const float factor = kSame ? exp2_fast(gates->sum[r] - record.sum[column & 63]) : record.rest[column & 63] * decay[r];
+  return is_half<T> ? factor * scale : factor;
+}
+
+/* w = s^p · gates for one tile of 128 keys, as the A operand of the next product; adds the row sums. kEdge: some keys come after
+ * some rows (columns > row − key0 are dropped), or share their block of gates. */
+template <typename T, int kDeg, bool kGates, bool kEdge>
+__device__ __forceinline__ void weigh(float (&score)[kForwardKeys / 2], uint32_t (&weight)[kForwardKeys / 16][4], float (&sum)[2],
+                                      const Fragment &at, int first_row, const GateRecord *records, const QueryGates *gates, float scale) {
+  float decay[2] = {scale, scale};
+  if constexpr (kGates && !kEdge) decay[0] = gates->decay(*records, 0), decay[1] = gates->decay(*records, 1);
+#pragma unroll
+  for (int n = 0; n < kForwardKeys / 8; ++n) {
+    const int column = 8 * n + 2 * at.quad;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float w[2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float s = score[4 * n + 2 * r + c];
+        if constexpr (kGates || is_half<T>) s *= score_factor<T, kGates, kEdge>(records, gates, decay, scale, column + c, r);
+        w[c] = power_of<kDeg>(s);
+        if (kEdge && column + c > first_row + 8 * r) w[c] = 0.f;
+        sum[r] += w[c];
+      }
+      weight[n >> 1][2 * (n & 1) + r] = pack<T>(w[0], w[1]);
+    }
+  }
+}
+
+template <typename T, int kD, int kDeg, bool kGates>
+__device__ __forceinline__ void forward_consume(ForwardSmem<T, kD, kGates> &smem, const CUtensorMap *y_map, const Problem &p, int group) {
+  constexpr int kGroups = ForwardTiles<kD>::kGroups, kStages = ForwardTiles<kD>::kStages, kBlockRows = kGroups * kRows;
+  const Fragment at(threadIdx.x % kWarpgroup);
+  const int tiles = (p.t_q + kBlockRows - 1) / kBlockRows, items = tiles * p.h_q * p.b;
+  RingPosition<2> seat;
+  RingPosition<kStages> ring;
+  for (int round = 0, index; (index = item_index(round)) < items; ++round, seat.advance()) {
+    const Item item(index, tiles, p.h_q, p.b, p.group_heads, p.causal);
+    const int head_kv = item.head / (p.h_q / p.h_kv), first = item.tile * kBlockRows + group * kRows;
+    const int seen = tiles_seen(p, item.tile * kBlockRows, min(kBlockRows, p.t_q - item.tile * kBlockRows), kForwardKeys);
+    const int mine = first < p.t_q ? tiles_seen(p, first, kRows, kForwardKeys) : 0;
+    if (first < p.t_q) {
+      const uint32_t q_smem = smem_address(smem.q[seat.slot][group]);
+      const float head_factor = head_scale<T, kDeg>(p, item.batch, head_kv);
+      const GateRecord *records = p.gates + int64_t(item.batch * p.h_kv + head_kv) * (((p.t_kv + kGateBlock - 1) / kGateBlock) * 2);
+      QueryGates gates;
+      if constexpr (kGates) gates.load(records[first / kRows], at);
+
+      smem.q_full[seat.slot][group].wait(seat.parity);
+      const float row_scale = normalize_row<T, kD>(q_smem, at.thread);
+      fence_proxy_async();  // the products read through the copy engine's path what these threads just wrote
+      warpgroup_sync(group);
+
+      float sum[2] = {0.f, 0.f}, out[kD / 2];
+#pragma unroll
+      for (int i = 0; i < kD / 2; ++i) out[i] = 0.f;
+      int previous = 0;
+#pragma unroll 1
+      for (int n = 0; n < mine; ++n, ring.advance()) {
+        float score[kForwardKeys / 2];
+        uint32_t weight[kForwardKeys / 16][4];
+        smem.k_full[ring.slot].wait(ring.parity);
+        pin(score);
+        wgmma_fence();
+        multiply_rows<T, kD, kForwardKeys>(score, q_smem, smem_address(smem.k[ring.slot]));
+        wgmma_commit();
+        wgmma_wait<0>();  // also ends O += w V of the tile before
+        pin(score);
+        pin(out);
+        if (n) smem.v_empty[previous].release();
+        if constexpr (!kGates) smem.k_empty[ring.slot].release();
+        const int key = n * kForwardKeys;
+        if (p.causal && key + kForwardKeys > first)
+          weigh<T, kDeg, kGates, true>(score, weight, sum, at, first - key + at.row, smem.gates[kGates ? ring.slot : 0], &gates, head_factor);
+        else
+          weigh<T, kDeg, kGates, false>(score, weight, sum, at, 0, smem.gates[kGates ? ring.slot : 0], &gates, head_factor);
+        if constexpr (kGates) smem.k_empty[ring.slot].release();  // the gates lie in the same stage
+        smem.v_full[ring.slot].wait(ring.parity);
+        pin(weight);
+        pin(out);
+        wgmma_fence();
+        accumulate<T, kD, kForwardKeys>(out, weight, smem_address(smem.v[ring.slot]));
+        wgmma_commit();
+        previous = ring.slot;
+      }
+      wgmma_wait<0>();
+      pin(out);
+      if (mine) smem.v_empty[previous].release();
+
+      float factor[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = first + at.row + 8 * r;
+        const float norm = sum_of_quad(sum[r]), c = at.of_row(row_scale, r) * head_factor;
+        factor[r] = p.normalize ? (norm == 0.f || p.zero ? 0.f : 1.f / norm) : p.scale_p / power_of<kDeg>(c);
+        if (at.quad == 0 && row < p.t_q)
+          p.norm[item.batch * p.norm_stride[0] + row * p.norm_stride[1] + item.head * p.norm_stride[2]] = norm;
+      }
+      warpgroup_sync(group);  // no warp still multiplies with the q that y replaces
+      store_tile<T, kD>(q_smem, out, at, factor);
+      fence_proxy_async();
+      warpgroup_sync(group);
+      if (at.thread == 0) {
+        store_tile_to_global<kD>(y_map, smem.q[seat.slot][group], first, item.head, item.batch);
+        bulk_commit();
+        bulk_wait_read<0>();
+        smem.q_empty[seat.slot][group].arrive();
+      }
+    } else if (at.thread == 0) {
+      smem.q_full[seat.slot][group].wait(seat.parity);
+      smem.q_empty[seat.slot][group].arrive();
+    }
+    for (int n = mine; n < seen; ++n, ring.advance()) {  // tiles that only later rows of the block see
+      smem.k_full[ring.slot].wait(ring.parity);
+      smem.k_empty[ring.slot].release();
+      smem.v_full[ring.slot].wait(ring.parity);
+      smem.v_empty[ring.slot].release();
+    }
+  }
+  if (at.thread == 0) bulk_wait<0>();
+}
+
+template <typename T, int kD, int kDeg, bool kGates>
+__global__ void __launch_bounds__((ForwardTiles<kD>::kGroups + 1) * kWarpgroup, 1)
+    forward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                   const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap y_map, const __grid_constant__ Problem p) {
+  using Tiles = ForwardTiles<kD>;
+  extern __shared__ __align__(1024) uint8_t smem_bytes[];
+  auto &smem = *reinterpret_cast<ForwardSmem<T, kD, kGates> *>(smem_bytes);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < 2 * Tiles::kGroups; ++s) (&smem.q_full[0][0])[s].init(1), (&smem.q_empty[0][0])[s].init(1);
+    for (int s = 0; s < Tiles::kStages; ++s) {
+      smem.k_full[s].init(1), smem.k_empty[s].init(4 * Tiles::kGroups);
+      smem.v_full[s].init(1), smem.v_empty[s].init(4 * Tiles::kGroups);
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  const int group = threadIdx.x / kWarpgroup;
+  if (group == Tiles::kGroups) {
+    registers_lower<Tiles::kProducerRegisters>();
+    if (threadIdx.x % kWarpgroup == 0) forward_produce<T, kD, kGates>(smem, &q_map, &k_map, &v_map, p);
+  } else {
+    registers_raise<Tiles::kConsumerRegisters>();
+    forward_consume<T, kD, kDeg, kGates>(smem, &y_map, p, group);
+  }
+}
+
+}  // namespace power::attention

@@ -1,0 +1,206 @@
+/* Host side of the attention form: tensor maps, workspace, and the launches of one (dtype, head size). */
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "attention_backward_kv.cuh"
+#include "attention_backward_q.cuh"
+#include "attention_call.h"
+#include "attention_forward.cuh"
+#include "attention_prepare.cuh"
+
+namespace power::attention {
+
+/* Scratch of one call, carved from the caller's workspace: byte offsets, each a multiple of 256. */
+struct Workspace {
+  int64_t gates, maxima, records, row_sum, column_sum, bytes;
+  Workspace(const PowerAttentionShape &s, bool backward) {
+    int64_t at = 0;
+    const auto take = [&at](int64_t size) {
+      const int64_t offset = at;
+      at += (size + 255) / 256 * 256;
+      return offset;
+    };
+    const int64_t blocks = (s.t_kv + kGateBlock - 1) / kGateBlock, row_tiles = (s.t + kRows - 1) / kRows;
+    gates = take(s.b * s.h_kv * blocks * 2 * int64_t(sizeof(GateRecord)));
+    maxima = take(2 * s.b * (s.h_q + s.h_kv) * int64_t(sizeof(float)));
+    records = take(backward ? s.b * s.h_q * row_tiles * int64_t(sizeof(GatedQueryRecord)) : 0);
+    row_sum = take(backward ? s.b * s.h_q * s.t * int64_t(sizeof(float)) : 0);
+    column_sum = take(backward ? s.b * s.h_kv * s.t_kv * int64_t(sizeof(float)) : 0);
+    bytes = at;
+  }
+};
+
+/* The map of an array [b, t, h, x] for tiles of `rows` tokens × 64 columns of one head. An axis of one element may have any
+ * stride. Returns false if the driver refuses it. */
+inline bool make_map(CUtensorMap *map, const PowerArray &a, int64_t b, int64_t t, int64_t h, int64_t x, int rows, bool half) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void *f = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found);
+    return reinterpret_cast<Encode>(f);
+  }();
+  if (!encode) return false;
+  const cuuint64_t size[4] = {cuuint64_t(x), cuuint64_t(h), cuuint64_t(t), cuuint64_t(b)};
+  cuuint64_t stride[3];
+  for (int i = 0; i < 3; ++i) stride[i] = size[i + 1] == 1 ? 16 : cuuint64_t(a.stride[2 - i]) * 2;
+  const cuuint32_t box[4] = {kSlabColumns, 1, cuuint32_t(rows), 1}, step[4] = {1, 1, 1, 1};
+  return encode(map, half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, a.data, size, stride, box, step,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+/* Heads dealt together: as many as fit half of the L2 cache with what streams past them. */
+inline int heads_together(int64_t bytes_per_head, int64_t heads) {
+  return int(std::clamp<int64_t>((24 << 20) / std::max<int64_t>(bytes_per_head, 1), 1, std::max<int64_t>(heads, 1)));
+}
+
+inline int32_t after_launch(const char *what) {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? POWER_OK : power_fail(POWER_DEVICE, "%s: %s", what, cudaGetErrorString(error));
+}
+
+/* Launches a persistent kernel: one block a multiprocessor, or fewer if there are fewer items. */
+template <typename Smem, typename... Parameters, typename... Arguments>
+int32_t launch_persistent(const Call &call, const char *what, void (*kernel)(Parameters...), int64_t items, int threads,
+                          const Arguments &...arguments) {
+  static_assert(sizeof(Smem) <= 232448, "shared memory of a multiprocessor");
+  if (items == 0) return POWER_OK;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Smem)) == cudaSuccess)
+    kernel<<<unsigned(std::min<int64_t>(items, call.multiprocessors)), threads, sizeof(Smem), call.stream>>>(arguments...);
+  return after_launch(what);
+}
+
+inline Problem make_problem(const Call &call, const Workspace &at, bool half) {
+  const PowerAttentionShape &s = call.shape;
+  Problem p = {};
+  p.b = int(s.b), p.t_q = int(s.t), p.t_kv = int(s.t_kv), p.h_q = int(s.h_q), p.h_kv = int(s.h_kv);
+  p.causal = s.causal, p.normalize = s.normalize;
+  p.zero = s.scale == 0.0;
+  p.scale_p = float(std::pow(s.scale, s.deg));
+  p.group_heads = heads_together(s.t_kv * (s.d + s.e) * 2 * s.h_kv / s.h_q, s.b * s.h_q);
+  p.gates = call.gates() ? reinterpret_cast<const GateRecord *>(call.workspace + at.gates) : nullptr;
+  if (half) {
+    const float *maxima = reinterpret_cast<const float *>(call.workspace + at.maxima);
+    p.k_max = maxima, p.v_max = p.k_max + s.b * s.h_kv, p.q_max = p.v_max + s.b * s.h_kv, p.dy_max = p.q_max + s.b * s.h_q;
+  }
+  p.norm = static_cast<float *>(call.arrays.norm.data);
+  std::copy_n(call.arrays.norm.stride, 3, p.norm_stride);
+  return p;
+}
+
+/* Gate records, and for float16 the largest row norms, in the workspace. */
+inline int32_t prepare(const Call &call, const Workspace &at, const Problem &p, bool half, bool backward) {
+  const PowerAttentionShape &s = call.shape;
+  if (call.gates() && s.t_kv > 0) {
+    const PowerArray &g = call.arrays.log_g;
+    sum_gates_kernel<<<unsigned(s.b * s.h_kv), 256, 0, call.stream>>>(static_cast<const float *>(g.data), g.stride[0], g.stride[1],
+                                                                     g.stride[2], int(s.t_kv), int(s.h_kv), s.deg,
+                                                                     reinterpret_cast<GateRecord *>(call.workspace + at.gates));
+  }
+  if (half) {
+    cudaMemsetAsync(call.workspace + at.maxima, 0, 2 * s.b * (s.h_q + s.h_kv) * sizeof(float), call.stream);
+    const auto largest = [&](const PowerArray &x, int64_t t, int64_t heads, int64_t size, const float *out) {
+      if (t == 0) return;
+      const dim3 grid(unsigned(std::min<int64_t>((t + 63) / 64, 64)), unsigned(s.b * heads));
+      max_norm_kernel<<<grid, 256, 0, call.stream>>>(static_cast<const __half *>(x.data), x.stride[0], x.stride[1], x.stride[2], int(t),
+                                                     int(heads), int(size), const_cast<float *>(out));
+    };
+    largest(call.arrays.k, s.t_kv, s.h_kv, s.d, p.k_max);
+    if (backward) {
+      largest(call.arrays.v, s.t_kv, s.h_kv, s.e, p.v_max);
+      largest(call.arrays.q, s.t, s.h_q, s.d, p.q_max);
+      largest(call.arrays.dy, s.t, s.h_q, s.e, p.dy_max);
+    }
+  }
+  return after_launch("power attention: preparation");
+}
+
+/* Calls f<deg, gates>() for the call's degree and gates. */
+template <typename F>
+int32_t with_degree_and_gates(const Call &call, F f) {
+  const auto degree = [&](auto deg) { return call.gates() ? f(deg, std::true_type()) : f(deg, std::false_type()); };
+  switch (call.shape.deg) {
+    case 1: return degree(std::integral_constant<int, 1>());
+    case 2: return degree(std::integral_constant<int, 2>());
+    case 3: return degree(std::integral_constant<int, 3>());
+    default: return degree(std::integral_constant<int, 4>());
+  }
+}
+
+template <typename T, int kD>
+int32_t launch_forward(const Call &call) {
+  const PowerAttentionShape &s = call.shape;
+  const PowerAttentionArrays &x = call.arrays;
+  const Workspace at(s, false);
+  Problem p = make_problem(call, at, is_half<T>);
+  if (const int32_t status = prepare(call, at, p, is_half<T>, false)) return status;
+  CUtensorMap q_map, k_map, v_map, y_map;
+  bool ok = make_map(&q_map, x.q, s.b, s.t, s.h_q, s.d, kRows, is_half<T>) && make_map(&y_map, x.y, s.b, s.t, s.h_q, s.e, kRows, is_half<T>);
+  k_map = v_map = q_map;  // of no keys, nothing is read
+  if (s.t_kv > 0)
+    ok = ok && make_map(&k_map, x.k, s.b, s.t_kv, s.h_kv, s.d, kForwardKeys, is_half<T>) &&
+         make_map(&v_map, x.v, s.b, s.t_kv, s.h_kv, s.e, kForwardKeys, is_half<T>);
+  if (!ok) return power_fail(POWER_INVALID, "power attention: an array's address or strides cannot be described to the copy engine");
+  constexpr int kGroups = ForwardTiles<kD>::kGroups;
+  const int64_t items = (s.t + kGroups * kRows - 1) / (kGroups * kRows) * s.h_q * s.b;
+  return with_degree_and_gates(call, [&](auto deg, auto gates) {
+    return launch_persistent<ForwardSmem<T, kD, gates>>(call, "power attention: forward", forward_kernel<T, kD, deg, gates>, items,
+                                                        (kGroups + 1) * kWarpgroup, q_map, k_map, v_map, y_map, p);
+  });
+}
+
+template <typename T, int kD>
+int32_t launch_backward(const Call &call) {
+  const PowerAttentionShape &s = call.shape;
+  const PowerAttentionArrays &x = call.arrays;
+  const Workspace at(s, true);
+  BackwardQProblem p = {};
+  static_cast<Problem &>(p) = make_problem(call, at, is_half<T>);
+  if (const int32_t status = prepare(call, at, p, is_half<T>, true)) return status;
+  p.y = x.y.data, p.e = int(s.e);
+  std::copy_n(x.y.stride, 3, p.y_stride);
+  p.records = call.workspace + at.records;
+  p.row_sum = reinterpret_cast<float *>(call.workspace + at.row_sum);
+  BackwardKvProblem kv = {};
+  static_cast<Problem &>(kv) = p;
+  kv.group_heads = heads_together(s.t * (s.d + s.e) * 2 * s.h_q / s.h_kv, s.b * s.h_kv);
+  kv.records = p.records;
+  kv.column_sum = reinterpret_cast<float *>(call.workspace + at.column_sum);
+
+  constexpr int kRowsQ = kBackwardGroups * kRows, kThreads = (kBackwardGroups + 1) * kWarpgroup;
+  constexpr bool kHalf = is_half<T>;
+  CUtensorMap q, dy, dq, k, v, k64, v64, dk, dv;
+  bool ok = true;
+  if (s.t > 0)
+    ok = make_map(&q, x.q, s.b, s.t, s.h_q, s.d, kRows, kHalf) && make_map(&dy, x.dy, s.b, s.t, s.h_q, s.e, kRows, kHalf) &&
+         make_map(&dq, x.dq, s.b, s.t, s.h_q, s.d, kRows, kHalf);
+  if (s.t_kv > 0)
+    ok = ok && make_map(&k, x.k, s.b, s.t_kv, s.h_kv, s.d, BackwardQTiles<kD>::kKeys, kHalf) &&
+         make_map(&v, x.v, s.b, s.t_kv, s.h_kv, s.e, BackwardQTiles<kD>::kKeys, kHalf) &&
+         make_map(&k64, x.k, s.b, s.t_kv, s.h_kv, s.d, kRows, kHalf) && make_map(&v64, x.v, s.b, s.t_kv, s.h_kv, s.e, kRows, kHalf) &&
+         make_map(&dk, x.dk, s.b, s.t_kv, s.h_kv, s.d, kRows, kHalf) && make_map(&dv, x.dv, s.b, s.t_kv, s.h_kv, s.e, kRows, kHalf);
+  if (!ok) return power_fail(POWER_INVALID, "power attention: an array's address or strides cannot be described to the copy engine");
+  if (s.t == 0) q = dy = k64;  // of no queries or no keys, nothing is read
+  if (s.t_kv == 0) k = v = q;
+
+  const int32_t status = with_degree_and_gates(call, [&](auto deg, auto gates) {
+    const int32_t first = launch_persistent<BackwardQSmem<T, kD, gates>>(
+        call, "power attention: backward, queries", backward_q_kernel<T, kD, deg, gates>, (s.t + kRowsQ - 1) / kRowsQ * s.h_q * s.b,
+        kThreads, q, k, v, dy, dq, p);
+    if (first) return first;
+    return launch_persistent<BackwardKvSmem<T, kD, gates>>(
+        call, "power attention: backward, keys", backward_kv_kernel<T, kD, deg, gates>, (s.t_kv + kRowsQ - 1) / kRowsQ * s.h_kv * s.b,
+        kThreads, q, k64, v64, dy, dk, dv, kv);
+  });
+  if (status || !call.gates() || s.t == 0 || x.dlog_g.data == nullptr) return status;
+  const PowerArray &g = x.dlog_g;
+  sum_gate_gradient_kernel<<<unsigned(s.b * s.h_kv), 256, 0, call.stream>>>(p.row_sum, kv.column_sum, static_cast<float *>(g.data),
+                                                                           g.stride[0], g.stride[1], g.stride[2], int(s.t),
+                                                                           int(s.h_kv), int(s.h_q / s.h_kv));
+  return after_launch("power attention: gradient of the gates");
+}
+
+}  // namespace power::attention

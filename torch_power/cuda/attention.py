@@ -1,0 +1,62 @@
+"""The attention form on Hopper: glue between the raw interface of an implementation and the kernels in `csrc/power/attention_*`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bridge import spec
+from torch_power.cuda import library
+
+
+def supports(call: spec.PowerCall, device: str) -> str | None:
+    """None, or why the kernels of the attention form cannot serve `call`: the argument, and what would work."""
+    if not device.startswith("cuda"):
+        return f"device {device}: the kernels run on a Hopper GPU; move the arrays there"
+    if call.form != "attention":
+        return f"form={call.form!r}: these kernels compute form='attention'"
+    if len(set(call.dtypes)) > 1 or call.dtypes[0] not in ("bfloat16", "float16"):
+        return f"dtypes {', '.join(call.dtypes)} of q, k, v: the kernels take bfloat16 or float16, the same for all three"
+    if call.deg > 4:
+        return f"deg={call.deg}: the kernels of the attention form take 1 to 4"
+    for name, size in (("d", call.d), ("e", call.e)):
+        if not 8 <= size <= 128 or size % 8:
+            return f"head size {name}={size}: the kernels of the attention form take multiples of 8 up to 128"
+    if call.has_state or call.return_state:
+        return "initial_state, return_state: the attention form's kernels have no state; use form='chunked'"
+    return None
+
+
+def forward(
+    call: spec.PowerCall, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, s0: None, z0: None
+) -> tuple[Tensor, Tensor, None, None]:
+    """y `[b, t, h_q, e]` in the dtype of v, and norm `[b, t, h_q]` float32: the normaliser of the scaled row, for `backward`.
+
+    Arrays that the copy engine cannot address (a last axis that is not contiguous, strides that are not multiples of 16 bytes)
+    are copied once.
+    """
+    y = torch.empty(call.b, call.t, call.h_q, call.e, dtype=v.dtype, device=v.device)
+    norm = torch.empty(call.b, call.t, call.h_q, dtype=torch.float32, device=v.device)
+    arrays = {"q": _tileable(q), "k": _tileable(k), "v": _tileable(v), "log_g": log_g, "y": y, "norm": norm}
+    library.run("attention_quadratic_forward", call, arrays)
+    return y, norm, None, None
+
+
+def backward(
+    call: spec.PowerCall, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, s0: None, z0: None,
+    y: Tensor, norm: Tensor, dy: Tensor, ds: None, dz: None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:  # fmt: skip
+    """dq, dk, dv in the dtypes of q, k, v, and dlog_g in float32. Every sum has one order: two runs give equal bits."""
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dlog_g = None if log_g is None else torch.empty(log_g.shape, dtype=log_g.dtype, device=log_g.device)
+    arrays = {"q": _tileable(q), "k": _tileable(k), "v": _tileable(v), "y": _tileable(y), "dy": _tileable(dy)}
+    arrays |= {"log_g": log_g, "norm": norm, "dq": dq, "dk": dk, "dv": dv, "dlog_g": dlog_g}
+    library.run("attention_quadratic_backward", call, arrays)
+    return dq, dk, dv, dlog_g, None, None
+
+
+def _tileable(x: Tensor) -> Tensor:
+    """`x`, or a contiguous copy if the copy engine cannot address it."""
+    strides = (stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1)
+    usable = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in strides)
+    return x if usable else x.contiguous()

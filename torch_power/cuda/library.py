@@ -1,0 +1,107 @@
+"""The compiled kernels through ctypes: the structures of `csrc/abi.h`, and calls on the current CUDA stream.
+
+No call synchronises or allocates on the host side of the device: scratch comes from PyTorch's caching allocator, so calls
+can be captured in a CUDA graph and follow the stream they are made on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import pathlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from bridge import spec
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
+_FORMS = {"attention": 0, "chunked": 1, "recurrent": 2}
+_ERRORS = {1: NotImplementedError, 2: ValueError}
+
+
+class Array(ctypes.Structure):
+    """PowerArray: address, strides in elements, dtype."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 4), ("dtype", ctypes.c_int32))
+
+
+class Shape(ctypes.Structure):
+    """PowerAttentionShape."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("b", "t", "t_kv", "h_q", "h_kv", "d", "e", "chunk_size")),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_int32) for name in ("deg", "form", "dtype", "causal", "normalize")),
+    )
+
+
+class Arrays(ctypes.Structure):
+    """PowerAttentionArrays; what is not set is absent."""
+
+    _fields_ = tuple(
+        (name, Array)
+        for name in "q k v log_g s0 z0 y norm s z dy ds dz dq dk dv dlog_g ds0 dz0".split()
+    )  # fmt: skip
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The kernel library: the file that POWER_KERNELS names, or the one installed with the package.
+
+    Raises:
+      ImportError: there is none.
+    """
+    path = os.environ.get("POWER_KERNELS") or str(pathlib.Path(__file__).parent.parent / "libpower_kernels.so")
+    try:
+        library = ctypes.CDLL(path)
+    except OSError as error:
+        raise ImportError(f"the compiled kernels cannot be loaded from {path}: {error}") from error
+    library.power_last_error.restype = ctypes.c_char_p
+    return library
+
+
+@functools.cache
+def _entry(operation: str) -> tuple[ctypes._CFuncPtr, ctypes._CFuncPtr]:
+    """The workspace and the run function of an operation, as power_<operation>[_workspace]_sm90."""
+    library = load()
+    workspace, run = getattr(library, f"power_{operation}_workspace_sm90"), getattr(library, f"power_{operation}_sm90")
+    workspace.restype, workspace.argtypes = ctypes.c_int64, (ctypes.c_void_p, ctypes.c_void_p)
+    run.restype = ctypes.c_int32
+    run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    return workspace, run
+
+
+def describe(x: Tensor) -> Array:
+    """A tensor of at most four axes as a PowerArray."""
+    return Array(x.data_ptr(), (ctypes.c_int64 * 4)(*x.stride()), _DTYPES[x.dtype])
+
+
+def run(operation: str, call: spec.PowerCall, arrays: Mapping[str, Tensor | None]) -> None:
+    """Run `operation` on the current stream of q's device.
+
+    Args:
+      arrays: PowerAttentionArrays by field name; None and missing names are absent.
+    Raises:
+      NotImplementedError, ValueError, RuntimeError: the kernels refused the call (the message is theirs).
+    """
+    workspace_bytes, entry = _entry(operation)
+    q = arrays["q"]
+    shape = Shape(
+        call.b, call.t, call.t_kv, call.h_q, call.h_kv, call.d, call.e, call.chunk_size, call.scale,
+        call.deg, _FORMS[call.form], _DTYPES[q.dtype], call.causal, call.normalize,
+    )  # fmt: skip
+    described = Arrays(**{name: describe(x) for name, x in arrays.items() if x is not None})
+    with torch.cuda.device(q.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        size = workspace_bytes(ctypes.addressof(shape), stream)
+        _check(1 if size < 0 else 0)
+        workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=q.device)
+        _check(entry(ctypes.addressof(shape), ctypes.addressof(described), workspace.data_ptr(), size, stream))
+
+
+def _check(status: int) -> None:
+    if status:
+        raise _ERRORS.get(status, RuntimeError)(load().power_last_error().decode())
