@@ -13,6 +13,13 @@ from bridge.autograd import jax_to_torch, torch_to_jax
 from bridge.dlpack import to_jax
 
 
+@pytest.fixture(autouse=True)
+def on_cpu():
+    """Arrays that a test makes are on the CPU also where JAX has a GPU, as PyTorch's are."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        yield
+
+
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, grad: bool = False) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator).to(dtype)
@@ -475,3 +482,29 @@ class TestTorchToJax:
     def test_forward_mode_is_a_clear_error(self):
         with pytest.raises(TypeError, match="custom_vjp"):
             jax.jvp(torch_to_jax(torch.sin), (jnp.ones(3),), (jnp.ones(3),))
+
+
+@pytest.mark.gpu
+class TestGpu:
+    def test_jax_to_torch_stays_on_the_device(self):
+        x, w = (normal(*shape, seed=i).cuda().requires_grad_() for i, shape in enumerate([(64, 32), (32, 16)]))
+        y = jax_to_torch(lambda x, w: jnp.tanh(x @ w))(x, w)
+        assert y.device == x.device
+        assert {x.data_ptr(), w.data_ptr()} <= {t.data_ptr() for t in y.grad_fn.saved_tensors}
+        upstream = normal(64, 16, seed=2).cuda()
+        got, want = (torch.autograd.grad(f, (x, w), upstream) for f in (y, torch.tanh(x @ w)))
+        for a, b in zip(got, want, strict=True):
+            assert a.device == x.device
+            assert_close(a.cpu(), b.cpu(), 2e-3)  # both may use TF32
+
+    def test_torch_to_jax_can_run_on_the_gpu(self):
+        devices = []
+
+        def function(x):
+            devices.append(x.device.type)
+            return x.sin()
+
+        x = to_jax(normal(8).cuda())
+        y = jax.jit(torch_to_jax(function, device="cuda"))(x)
+        np.testing.assert_allclose(np.asarray(y), np.sin(np.asarray(x)), rtol=1e-5)
+        assert set(devices) == {"cuda"} and y.devices() == x.devices()

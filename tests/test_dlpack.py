@@ -22,6 +22,13 @@ WIDE = sorted(dlpack.DTYPES - set(NARROW))
 Pair = collections.namedtuple("Pair", "first second")
 
 
+@pytest.fixture(autouse=True)
+def on_cpu():
+    """Arrays that a test makes are on the CPU also where JAX has a GPU, as PyTorch's are."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        yield
+
+
 def values(dtype: str, n: int = 48) -> torch.Tensor:
     """Distinct small values that every dtype can hold."""
     return (torch.arange(n) % 2).to(getattr(torch, dtype)).reshape(6, n // 6)
@@ -302,6 +309,7 @@ def test_arrays_on_several_devices_or_another_device():
     run_python("""
         import os
         os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+        os.environ["JAX_PLATFORMS"] = "cpu"
         import jax, jax.numpy as jnp, torch
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
         from bridge.dlpack import to_jax, to_torch
@@ -335,3 +343,44 @@ def test_importing_the_bridge_imports_neither_framework():
         loaded = {"jax", "jaxlib", "torch"} & set(sys.modules)
         assert not loaded, loaded
     """)
+
+
+@pytest.mark.gpu
+class TestGpu:
+    def test_memory_is_shared_both_ways(self):
+        x = torch.randn(64, 32, device="cuda")
+        y = to_jax(x, copy=False)
+        assert same_memory(y, x) and next(iter(y.devices())).platform == "gpu"
+        z = to_torch(y, copy=False)
+        assert z.device == x.device and z.data_ptr() == x.data_ptr()
+        assert not same_memory(to_jax(x, copy=True), x)
+        assert not same_memory(y, to_torch(y, copy=True))
+
+    def test_device_moves_and_copy_false_refuses_to(self):
+        x = torch.randn(64, device="cuda")
+        y = to_jax(x, device="cpu")
+        assert next(iter(y.devices())).platform == "cpu"
+        np.testing.assert_array_equal(np.asarray(y), x.cpu().numpy())
+        assert torch.equal(to_torch(y, device="cuda"), x)
+        assert to_jax(x.cpu(), device="gpu").devices() == to_jax(x).devices()
+        with pytest.raises(ValueError, match="copy=False"):
+            to_jax(x, device="cpu", copy=False)
+        with pytest.raises(ValueError, match="copy=False"):
+            to_torch(y, device="cuda", copy=False)
+
+    @pytest.mark.parametrize("name", VIEWS)
+    def test_views_arrive_right(self, name):
+        x = VIEWS[name][0](torch.randn(6, 8, device="cuda"))
+        np.testing.assert_array_equal(np.asarray(to_jax(x)), x.resolve_conj().resolve_neg().cpu().numpy())
+
+    def test_streams_are_ordered(self):
+        a = torch.randn(2048, 2048, device="cuda") / 64
+        square = jax.jit(lambda x: x @ x)
+        for _ in range(10):
+            x = a
+            for _ in range(8):
+                x = x @ a  # still running when JAX is handed its result
+            want = x @ x
+            y = to_torch(square(to_jax(x)))
+            x.zero_()  # queued behind JAX's use of x, which to_torch made this stream wait for
+            assert float((y - want).norm() / want.norm()) < 1e-2  # both may use TF32

@@ -2,28 +2,27 @@
 
     from torch_power.compat import power_full, power_retention, power_retention_inference
 
-Code written for those packages runs with this import changed and nothing else, on any device. What differs:
+Code that calls them with named arguments runs with this import changed and nothing else, on any device. What differs:
 
 Results
   - No epsilons. `retention` adds 1e-7 to |score| and 1e-6 to the sum of weights, so its output changes when q or k are
     scaled; here it does not (for inputs of ordinary size the two agree to rounding).
-  - `scale=0` means 0, not the default.
+  - `scale=0` means 0, not the default, which is 1/sqrt(d) in both.
   - Every query after a state is decayed by its own gates. `retention` gives all queries of one call the last one's.
   - Lengths that are not a multiple of anything are right, gradients included; nothing is padded.
-  - The fused variants of `retention` (`vidrial`) overwrite the first value column with ones; nothing is overwritten
-  here.
+  - The fused variants of `retention` (`vidrial`) put ones into the first value column; here no column is overwritten.
 State
-  - `final_state` [b, h_kv, D, e] and `sum_of_keys` [b, h_kv, D] are the s and z of a `PowerState`: float32, in the
-  layout of
-    `sympow` (d=64, deg=2: D = 2304, multiplicities on the query side). `retention` keeps the state in the inputs'
-    dtype in another layout (D = 2560, multiplicities on the key side), so a state saved by one cannot be read by the
-    other.
-  - Gradients flow through states in both directions, for deg 2 and 4.
+  - Given and returned as `(final_state [b, h_kv, D, e], sum_of_keys [b, h_kv, D])`, the s and z of a `PowerState`;
+    `power_full` of `power-attention` returned the first alone, which cannot be continued without the second.
+  - float32, in the layout of `sympow`: d=64, deg=2 gives D = 2304, multiplicities on the query side. `retention` has
+    the inputs' dtype and another layout, D = 2560, multiplicities on the key side. Neither can read the other's.
+  - Gradients flow through states both ways. deg is 2 or 4 with a state, any even number without.
 Cost
   - `chunk_size` is the chunk length if the O(t) form is the cheaper one. `switch_over_seq_len` does not choose a form,
     only when a state is returned. All forms give the same result to rounding.
 Errors
   - Wrong arguments raise ValueError or TypeError, naming them as `power_attention` does, instead of AssertionError.
+  - After `log_G`, `power_full` and `power_retention` take named arguments only (the packages differ in their order).
 """
 
 from __future__ import annotations
@@ -125,10 +124,11 @@ def power_retention_inference(
 
     Args:
       Q: queries of the last `t_q` ≤ `t_k` tokens of the cache.
-      K, V, log_G: keys, values and log gates of all tokens after the state; None, with no gates, to query the state
-      alone. initial_state, sum_of_keys: the state that the tokens before the cache left; both or neither. deg: even.
-      With a state, 2 or 4. scale: multiplies the scores; 1/sqrt(d) by default. switch_over_seq_len: from this length
-      on the whole cache is folded into the state that is returned. None: never.
+      K, V, log_G: keys, values and log gates of all tokens after the state. None for all three: query the state alone.
+      initial_state, sum_of_keys: the state that the tokens before the cache left; both or neither.
+      deg: even. With a state, 2 or 4.
+      scale: multiplies the scores; 1/sqrt(d) by default.
+      switch_over_seq_len: from this length on the whole cache is folded into the state that is returned. None: never.
     Returns:
       `(y, state, sum_of_keys)`; the state is the one given unless the cache was folded into it.
     Raises:
