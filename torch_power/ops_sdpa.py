@@ -40,10 +40,10 @@ def make_call(
 ) -> SdpaCall:
     """The call that checked four-dimensional operands make."""
     b, h_q, t, d = q.shape
+    shapes = [None if x is None else tuple(x.shape) for x in (bias, mask)]
     return SdpaCall(
         b=b, t=t, s=k.shape[2], h_q=h_q, h_kv=k.shape[1], d=d, e=v.shape[3], scale=scale, dtype=spec.dtype_name(q),
-        causal=causal, bias=None if bias is None else tuple(bias.shape), mask=None if mask is None else tuple(mask.shape),
-        bias_grad=bias_grad, dropout_p=dropout_p,
+        causal=causal, bias=shapes[0], mask=shapes[1], bias_grad=bias_grad, dropout_p=dropout_p,
     )  # fmt: skip
 
 
