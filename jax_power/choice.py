@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bridge import spec
-from jax_power import ops
+from jax_power import ops, ops_sdpa
 
-CHOICE = spec.Choice({"power_attention": ops.POWER})
+CHOICE = spec.Choice({"power_attention": ops.POWER, "dot_product_attention": ops_sdpa.SDPA})
 
 implementation = CHOICE.implementation

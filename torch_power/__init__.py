@@ -3,12 +3,14 @@
 from bridge.spec import state_size, sympow_multiplicity
 from torch_power.choice import implementation
 from torch_power.power import PowerState, power_attention, power_step, sympow
+from torch_power.sdpa import scaled_dot_product_attention
 
 __all__ = [
     "PowerState",
     "implementation",
     "power_attention",
     "power_step",
+    "scaled_dot_product_attention",
     "state_size",
     "sympow",
     "sympow_multiplicity",

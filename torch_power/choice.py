@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bridge import spec
-from torch_power import ops
+from torch_power import ops, ops_sdpa
 
 
 
@@ -16,7 +16,7 @@ class _Choice(spec.Choice):
         return _in_force()
 
 
-CHOICE = _Choice({"power_attention": ops.POWER})
+CHOICE = _Choice({"power_attention": ops.POWER, "scaled_dot_product_attention": ops_sdpa.SDPA})
 
 
 @torch.compiler.assume_constant_result
