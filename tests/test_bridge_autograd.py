@@ -457,6 +457,7 @@ class TestTorchToJax:
         with pytest.raises(Exception, match=r"results are \[\(\(3,\), 'float32'\)\], not \[\(\(2,\), 'float32'\)\]"):
             wrapped(jnp.ones(3)).block_until_ready()
 
+    @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
     @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
     def test_wrong_calls(self, transform):
         x = jnp.ones(3)
