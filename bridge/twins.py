@@ -6,6 +6,7 @@ Importing this module imports neither framework; using a twin imports its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -24,11 +25,13 @@ class Prepared(NamedTuple):
       forward: outputs by name: y [s z].
       forward_backward: outputs, and gradients dq dk dv [dlog_g] [ds0 dz0].
       arrays: the inputs, by name.
+      compile: makes `forward_backward` ready without running it, so that its first call can be timed.
     """
 
     forward: Callable[[], dict[str, Any]]
     forward_backward: Callable[[], dict[str, Any]]
     arrays: dict[str, Any]
+    compile: Callable[[], Any]
 
 
 class Twin(Protocol):
@@ -54,15 +57,24 @@ class Twin(Protocol):
         ...
 
     def prepare_power(
-        self, arrays: Mapping[str, np.ndarray], options: Mapping[str, Any], implementation: str | None, device: str = "cpu"
+        self,
+        arrays: Mapping[str, np.ndarray],
+        options: Mapping[str, Any],
+        implementation: str | None,
+        device: str = "cpu",
     ) -> Prepared:
         """`power_attention` on `arrays` (names of `Case.make`) with keyword arguments `options`."""
         ...
 
 
 class JaxTwin:
+    """`jit`: compile the whole call, as benchmarks need; without, only the parts that the package itself compiles."""
+
     name = "jax_power"
     framework = "jax"
+
+    def __init__(self, jit: bool = True):
+        self.jit = jit
 
     def implementations(self, operation: str) -> tuple[str, ...]:
         choice = importlib.import_module("jax_power.choice")
@@ -80,7 +92,11 @@ class JaxTwin:
         return np.asarray(x)
 
     def prepare_power(
-        self, arrays: Mapping[str, np.ndarray], options: Mapping[str, Any], implementation: str | None, device: str = "cpu"
+        self,
+        arrays: Mapping[str, np.ndarray],
+        options: Mapping[str, Any],
+        implementation: str | None,
+        device: str = "cpu",
     ) -> Prepared:
         jax, jax_power = importlib.import_module("jax"), importlib.import_module("jax_power")
         on_device = {name: self.array(x, device) for name, x in arrays.items()}
@@ -99,16 +115,17 @@ class JaxTwin:
             outputs, pull_back = jax.vjp(call, inputs)
             return outputs, pull_back(upstream)[0]
 
-        forward_jit, both_jit = jax.jit(call), jax.jit(both)
+        run_forward = jax.jit(call) if self.jit else call
+        compiled = functools.cache(lambda: jax.jit(both).lower(inputs, upstream).compile() if self.jit else both)
 
         def forward() -> dict[str, Any]:
-            return dict(zip(("y", "s", "z"), jax.block_until_ready(forward_jit(inputs)), strict=False))
+            return dict(zip(("y", "s", "z"), jax.block_until_ready(run_forward(inputs)), strict=False))
 
         def forward_backward() -> dict[str, Any]:
-            outputs, grads = jax.block_until_ready(both_jit(inputs, upstream))
+            outputs, grads = jax.block_until_ready(compiled()(inputs, upstream))
             return dict(zip(("y", "s", "z"), outputs, strict=False)) | {f"d{name}": x for name, x in grads.items()}
 
-        return Prepared(forward, forward_backward, on_device)
+        return Prepared(forward, forward_backward, on_device, compiled)
 
 
 class TorchTwin:
@@ -138,7 +155,11 @@ class TorchTwin:
         return x.numpy()
 
     def prepare_power(
-        self, arrays: Mapping[str, np.ndarray], options: Mapping[str, Any], implementation: str | None, device: str = "cpu"
+        self,
+        arrays: Mapping[str, np.ndarray],
+        options: Mapping[str, Any],
+        implementation: str | None,
+        device: str = "cpu",
     ) -> Prepared:
         torch, torch_power = importlib.import_module("torch"), importlib.import_module("torch_power")
         on_device = {name: self.array(x, device) for name, x in arrays.items()}
@@ -171,12 +192,12 @@ class TorchTwin:
             named = zip(leaves, grads, strict=True)
             return dict(zip(("y", "s", "z"), outputs, strict=False)) | {f"d{name}": x for name, x in named}
 
-        return Prepared(forward, forward_backward, on_device)
+        return Prepared(forward, forward_backward, on_device, lambda: None)
 
 
 JAX, TORCH = JaxTwin(), TorchTwin()
 
 
-def present() -> tuple[Twin, ...]:
+def present(jax_twin: Twin = JAX) -> tuple[Twin, ...]:
     """The twins whose framework is installed here."""
-    return tuple(twin for twin in (JAX, TORCH) if importlib.util.find_spec(twin.framework) is not None)
+    return tuple(twin for twin in (jax_twin, TORCH) if importlib.util.find_spec(twin.framework) is not None)

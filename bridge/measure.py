@@ -1,0 +1,239 @@
+"""One measured call of one implementation, made for a process of its own: results, time and peak memory.
+
+Nothing here is kept between calls but the imported frameworks, so a `Task` gives the same `Outcome` in any process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import importlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from bridge import twins, twins_sdpa
+
+OPERATIONS = {
+    "jax_power": {"power": "power_attention", "sdpa": "dot_product_attention"},
+    "torch_power": {"power": "power_attention", "sdpa": "scaled_dot_product_attention"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A call to measure: `options` are keyword arguments of `power_attention`; for "sdpa", `case` says what is
+    computed.
+
+    `budget` is how long, in seconds, further timed calls may take together; there is at least one and at most nine.
+    """
+
+    twin: str
+    operation: str
+    implementation: str | None
+    device: str
+    dtype: str
+    arrays: Mapping[str, np.ndarray]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    case: Any = None
+    budget: float = 0.2
+    keep_results: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a task.
+
+    Fields:
+      status: "ran", "not served" (NotImplementedError) or "failed" (anything else); `reason` says why in the last two.
+      results: outputs and gradients by name, empty unless kept.
+      seconds: wall time of every timed call, forward and backward; `cpu_seconds` the processor time of the first of
+        them.
+      peak_bytes: most memory in use during a call above what was in use before it; None where it could not be told.
+      repeatable: all calls gave the same bits.
+    """
+
+    status: str
+    reason: str = ""
+    results: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    seconds: tuple[float, ...] = ()
+    cpu_seconds: float = 0.0
+    peak_bytes: int | None = None
+    repeatable: bool = True
+
+    @property
+    def median_seconds(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def measure(task: Task) -> Outcome:
+    """Run `task` in this process: once compiled, a call for memory and the first time, then calls for time."""
+    twin = _twin(task.twin)
+    try:
+        with twin.scope(task.dtype):
+            return _measure(twin, task)
+    except NotImplementedError as error:
+        return Outcome("not served", _one_line(error))
+    except Exception as error:  # whatever an implementation raises is a finding about it
+        return Outcome("failed", f"{type(error).__name__}: {_one_line(error)}"[:500])
+
+
+def _measure(twin: twins.Twin, task: Task) -> Outcome:
+    if task.operation == "power":
+        prepared = twin.prepare_power(task.arrays, task.options, task.implementation, task.device)
+    else:
+        prepared = twins_sdpa.prepare(twin, task.case, task.arrays, task.implementation, task.device)
+    prepared.compile()
+    meter = _meter(task.twin, task.device)
+    stop_meter = meter()
+    begin, cpu_begin = time.perf_counter(), time.process_time()
+    results = prepared.forward_backward()
+    seconds, cpu_seconds, peak_bytes = [time.perf_counter() - begin], time.process_time() - cpu_begin, stop_meter()
+    first = {name: twin.numpy(x) for name, x in results.items()}
+    del results
+    repeatable = True
+    while len(seconds) < 9 and sum(seconds) < task.budget:
+        begin = time.perf_counter()
+        results = prepared.forward_backward()
+        seconds.append(time.perf_counter() - begin)
+        if len(seconds) == 2:
+            # The first call also paid for whatever is set up once; it counts only where it is the only one.
+            seconds[0] = seconds[1]
+            repeatable = all(twin.numpy(x).tobytes() == first[name].tobytes() for name, x in results.items())
+        del results
+    return Outcome("ran", "", first if task.keep_results else {}, tuple(seconds), cpu_seconds, peak_bytes, repeatable)
+
+
+def _twin(name: str) -> twins.Twin:
+    return {twin.name: twin for twin in (twins.JAX, twins.TORCH)}[name]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Peak memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+MEMORY_METHOD = {
+    "cpu": "Peak resident memory of the process during the call less that before it. First the allocator returns what "
+    "it holds free (malloc_trim) and the kernel's high-water mark is reset (/proc/self/clear_refs). Each framework has "
+    "a process of its own; compilation, and the results' copies in NumPy, are not counted.",
+    "cuda": "PyTorch: peak of the caching allocator during the call less what was allocated before it. JAX: its "
+    "allocator's peak_bytes_in_use, which cannot be reset: given only for calls that raised it.",
+}
+
+
+def _meter(twin: str, device: str) -> Callable[[], Callable[[], int | None]]:
+    """A function that starts measuring and returns the one that stops and gives bytes."""
+    return (
+        _resident_memory
+        if device == "cpu"
+        else {"jax_power": _jax_device_memory, "torch_power": _torch_device_memory}[twin]
+    )
+
+
+def _resident_memory() -> Callable[[], int | None]:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    status, clear = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
+    try:
+        clear.write_text("5")
+    except OSError:
+        # Where the mark cannot be reset it is the process's own since its start: right as long as it keeps rising.
+        before = _maxrss()
+        return lambda: (_maxrss() - before) or None
+    before = _kilobytes(status, "VmRSS")
+    return lambda: max(0, _kilobytes(status, "VmHWM") - before) * 1024
+
+
+def _kilobytes(status: pathlib.Path, field: str) -> int:
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field + ":"))
+
+
+def _maxrss() -> int:
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _torch_device_memory() -> Callable[[], int | None]:
+    torch = importlib.import_module("torch")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    return lambda: torch.cuda.max_memory_allocated() - before
+
+
+def _jax_device_memory() -> Callable[[], int | None]:
+    device = importlib.import_module("jax").devices("cuda")[0]
+    before = device.memory_stats()
+
+    def stop() -> int | None:
+        peak = device.memory_stats()["peak_bytes_in_use"]
+        return peak - before["bytes_in_use"] if peak > before["peak_bytes_in_use"] else None
+
+    return stop
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs here
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def describe(twin: str, device: str) -> dict[str, Any]:
+    """Implementations of each operation and the name of `device`, as this process's framework sees them.
+
+    Raises:
+      ValueError: the framework has no such device here.
+    """
+    implementations = {name: _twin(twin).implementations(table) for name, table in OPERATIONS[twin].items()}
+    if twin == "jax_power":
+        jax = importlib.import_module("jax")
+        try:
+            found = jax.devices(device)[0].device_kind
+        except RuntimeError as error:
+            raise ValueError(f"device={device!r}: JAX finds none here") from error
+    else:
+        torch = importlib.import_module("torch")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={device!r}: PyTorch finds none here")
+        found = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return {"implementations": implementations, "device": found}
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the machine, for a report."""
+    versions = {}
+    for package in ("numpy", "jax", "jaxlib", "torch", "ml_dtypes", "triton"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

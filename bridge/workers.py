@@ -1,0 +1,65 @@
+"""A process for each framework: memory is its own, threads do not mix, and a crash is a finding, not the end."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from bridge import measure
+
+Result = TypeVar("Result")
+
+
+def _set_up(device: str) -> None:
+    """Before JAX is imported: it shall not take 75% of the GPU's memory, and use the device that was asked for."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+class Workshop:
+    """A process per twin, started when first needed and replaced when it dies. A context manager.
+
+    Args:
+      twins: names of the twins whose framework is installed.
+      device: "cpu" or "cuda".
+    """
+
+    def __init__(self, twins: Sequence[str], device: str):
+        self.twins = tuple(twins)
+        self._device = device
+        self._pools: dict[str, concurrent.futures.ProcessPoolExecutor] = {}
+
+    def __enter__(self) -> Workshop:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for twin in tuple(self._pools):
+            self.renew(twin)
+
+    def call(self, twin: str, function: Callable[..., Result], *arguments: Any) -> Result:
+        """`function(*arguments)` in the twin's process."""
+        if twin not in self._pools:
+            # Spawned, not forked: a forked child would inherit locks that the parent's threads hold.
+            self._pools[twin] = concurrent.futures.ProcessPoolExecutor(
+                1, multiprocessing.get_context("spawn"), initializer=_set_up, initargs=(self._device,)
+            )
+        return self._pools[twin].submit(function, *arguments).result()
+
+    def measure(self, task: measure.Task) -> measure.Outcome:
+        """`measure.measure` in the process of the task's twin; a process that dies makes it a failed one."""
+        try:
+            return self.call(task.twin, measure.measure, task)
+        except BrokenProcessPool:
+            self.renew(task.twin)
+            return measure.Outcome("failed", "the process died (killed, out of memory, or a crash in compiled code)")
+
+    def renew(self, twin: str) -> None:
+        """End the twin's process; the next call starts a new one, with nothing allocated."""
+        pool = self._pools.pop(twin, None)
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
