@@ -3,9 +3,9 @@
 The recipe for text, the same on every machine that has the same text:
 
     x = bytes of the standard library's own source, its top-level files in alphabetical order
-    u = E[x],  E [256, 32] normal             q, k, v = u W_q, u W_k, u W_v  (unit variance), then q and k are turned
-    by rotary positions, base 10000                           log_g = log σ(u w_g + c_h),  c_h from 2 to 6 over the
-    heads
+    u = E[x],  E [256, 32] normal
+    q, k, v = u W_q, u W_k, u W_v, unit variance; then q and k are turned by rotary positions, base 10000
+    log_g = log σ(u w_g + c_h),  c_h from 2 to 6 over the heads
 
 E and every W come from NumPy's frozen `RandomState` stream and are rounded to multiples of 2^-8 and 2^-10, sines and
 cosines to multiples of 2^-20: so every product and every sum is exact in float64, and neither the order in which a

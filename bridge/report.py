@@ -79,10 +79,9 @@ def cells(row: Row) -> tuple[str, ...]:
         return (*where, row["status"], *[""] * (len(COLUMNS) - 6))
     name, tensor = max(row["tensors"].items(), key=lambda item: item[1]["error"] / item[1]["bound"])
     difference = max((x["difference"] for x in row["tensors"].values() if x["difference"] is not None), default=None)
-    return (
-        *where, name, number_text(tensor["error"]), number_text(tensor["bound"]), f"{tensor['error'] /
-        tensor['bound']:.3f}", number_text(difference), seconds_text(row["seconds"]), bytes_text(row["peak_bytes"]),
-    )  # fmt: skip
+    ratio = f"{tensor['error'] / tensor['bound']:.3f}"
+    errors = name, number_text(tensor["error"]), number_text(tensor["bound"]), ratio, number_text(difference)
+    return (*where, *errors, seconds_text(row["seconds"]), bytes_text(row["peak_bytes"]))
 
 
 def growth_lines(summary: Sequence[Row]) -> list[str]:
@@ -213,7 +212,7 @@ def page(found: Mapping[str, Any]) -> str:
         ),
         (
             "Error",
-            "Relative L2 per tensor against a float64 O(t²) oracle on the same rounded inputs; random upstream gradients.",
+            "Relative L2 per tensor to a float64 O(t²) oracle on the same rounded inputs; random upstream gradients.",
         ),
     )
     parts = [

@@ -1,7 +1,7 @@
 """The agreement run: power attention and softmax attention in both packages, against a float64 oracle and each other.
 
-    python -m bridge.validate [--inputs FILE] [--cases A,B] [--implementations A,B] [--device cpu|cuda] [--dtype A,B]
-    [--out FOLDER]
+    python -m bridge.validate [--inputs FILE] [--cases A,B] [--implementations A,B] [--device cpu|cuda]
+        [--dtype A,B] [--lengths A,B] [--full] [--out FOLDER]
 
 Every requested case is computed by every implementation of both packages, forward and backward with random upstream
 gradients. A table is printed, `report.json` and `report.html` are written. Exit status: 0 if every number is within its
