@@ -112,7 +112,7 @@ typedef struct PowerSdpaShape {
 
 /* Axes: q, out, dq, dout [b, h_q, t_q, d or e];  k, v, dk, dv [b, h_kv, t_kv, d or e];  bias, mask, dbias [b, h_q, t_q, t_kv]
  * (stride 0 where one is broadcast);  lse [b, h_q, t_q];  seed [b], int64 (dtype is not read).
- * bias, dbias and lse are float32, or float64 when `dtype` is. mask is a bool one, true = keep; bias is added to the scores.
+ * bias, dbias and lse are float32, or float64 when `dtype` is; so may out and dout be, to leave the rounding to the caller. mask is a bool one, true = keep; bias is added to the scores.
  * lse: log Σ_j exp(score_ij), −inf for a row that sees no key (its output is 0).
  * dbias has the bias's own strides: axes of stride 0 are summed over.
  * Dropout: Philox 4×32-7, counter (key / 4, query, head, 0), key the two halves of the batch element's seed; a weight is kept,

@@ -225,7 +225,7 @@ int32_t power_sdpa_forward_cpu(const PowerSdpaShape *s, const PowerSdpaArrays *a
   bool empty = s->b == 0 || s->t_q == 0;
   int32_t t = wide(s->dtype);
   const Wanted wanted[] = {{"q", a->q, s->dtype, false}, {"k", a->k, s->dtype, s->t_kv == 0}, {"v", a->v, s->dtype, s->t_kv == 0 || s->e == 0},
-                           {"bias", a->bias, t, true}, {"mask", a->mask, POWER_BOOL, true}, {"out", a->out, s->dtype, s->e == 0}, {"lse", a->lse, t, false}};
+                           {"bias", a->bias, t, true}, {"mask", a->mask, POWER_BOOL, true}, {"out", a->out, a->out.dtype == t ? t : s->dtype, s->e == 0}, {"lse", a->lse, t, false}};
   if (int32_t status = check(wanted, empty)) return status;
   if (s->dropout_p > 0 && !a->seed.data) return power_fail(POWER_INVALID, "seed is absent");
   if (int32_t status = check_workspace(workspace, workspace_bytes, power_sdpa_forward_workspace_cpu(s, stream))) return status;
@@ -245,7 +245,7 @@ int32_t power_sdpa_backward_cpu(const PowerSdpaShape *s, const PowerSdpaArrays *
   int32_t t = wide(s->dtype);
   const Wanted wanted[] = {{"q", a->q, s->dtype, s->t_q == 0}, {"k", a->k, s->dtype, s->t_kv == 0},
                            {"v", a->v, s->dtype, s->t_kv == 0 || s->e == 0}, {"bias", a->bias, t, true}, {"mask", a->mask, POWER_BOOL, true},
-                           {"out", a->out, s->dtype, s->t_q == 0 || s->e == 0}, {"dout", a->dout, s->dtype, s->t_q == 0 || s->e == 0},
+                           {"out", a->out, a->out.dtype == t ? t : s->dtype, s->t_q == 0 || s->e == 0}, {"dout", a->dout, a->dout.dtype == t ? t : s->dtype, s->t_q == 0 || s->e == 0},
                            {"lse", a->lse, t, s->t_q == 0}, {"dq", a->dq, s->dtype, s->t_q == 0}, {"dk", a->dk, s->dtype, s->t_kv == 0},
                            {"dv", a->dv, s->dtype, s->t_kv == 0 || s->e == 0}, {"dbias", a->dbias, t, true}};
   if (int32_t status = check(wanted, empty)) return status;

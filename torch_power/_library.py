@@ -1,0 +1,50 @@
+"""The compiled library: where it is, and why not when it is not.
+
+`_C.abi3.so` registers the C++ operators `torch.ops.torch_power.*_cpp`; it links `lib/libpower_kernels.so`, the kernels behind
+`csrc/abi.h`, which needs no torch and may be loaded on its own (through ctypes or `jax.ffi`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import pathlib
+
+import torch
+
+HOW_TO_BUILD = "build it with: pip install --no-build-isolation . (a C++ compiler and torch must be installed)"
+
+_FOLDER = pathlib.Path(__file__).resolve().parent
+
+
+def kernels_path() -> pathlib.Path:
+    """The kernel library: the file that POWER_KERNELS names, or the one installed with the package (which may not exist)."""
+    return pathlib.Path(os.environ.get("POWER_KERNELS") or _FOLDER / "lib" / "libpower_kernels.so")
+
+
+@functools.cache
+def missing() -> str | None:
+    """Load the operators, once. None when they are there, else the reason why not and how to get them."""
+    path = _FOLDER / "_C.abi3.so"
+    if not path.exists():
+        return f"the compiled library is not installed; {HOW_TO_BUILD}"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"the compiled library does not load ({error}); {HOW_TO_BUILD}"
+    return None
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels chose on this machine: 'avx512', 'avx2' or 'generic'.
+
+    Raises:
+      ImportError: the compiled library is not there.
+    """
+    reason = missing()
+    if reason:
+        raise ImportError(reason)
+    library = ctypes.CDLL(str(kernels_path()))
+    library.power_cpu_isa.restype = ctypes.c_char_p
+    return library.power_cpu_isa().decode()
