@@ -11,6 +11,10 @@ import shutil
 
 # Before any test imports jax: a test that shares the GPU with torch must not find 75% of its memory taken.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Tests compile some hundred small programs and run each once: XLA's optimiser would take twice as long as all the rest.
+os.environ["XLA_FLAGS"] = " ".join(
+    ("--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true", os.environ.get("XLA_FLAGS", ""))
+)
 
 import hypothesis
 import pytest

@@ -82,14 +82,13 @@ def sum_gates(log_g: Float[Array, "... t"]) -> tuple[Float[Array, "... t"], Floa
     A difference G_i − G_j of plain sums has lost the digits of the smaller number: with −50 a token, 1e-4 after some hundred
     tokens. In a pair it keeps them. Prefix sums by doubling, each addition with its rounding error (Knuth's TwoSum).
     """
-    high, low = log_g, jnp.zeros_like(log_g)
-    step = 1
-    while step < log_g.shape[-1]:
-        front = [(0, 0)] * (log_g.ndim - 1) + [(step, 0)]
-        earlier_high, earlier_low = (jnp.pad(x[..., :-step], front) for x in (high, low))
-        high, low = _add_pairs(high, low, earlier_high, earlier_low)
-        step *= 2
-    return high, low
+    t, front = log_g.shape[-1], [(0, 0)] * (log_g.ndim - 1)
+
+    def double(n: Array, pair: tuple[Array, Array]) -> tuple[Array, Array]:
+        earlier = (jnp.pad(x, [*front, (t, 0)]) for x in pair)
+        return _add_pairs(*pair, *(lax.dynamic_slice_in_dim(x, t - (1 << n), t, -1) for x in earlier))
+
+    return lax.fori_loop(0, max(t - 1, 0).bit_length(), double, (log_g, jnp.zeros_like(log_g)))
 
 
 def _add_pairs(a_high: Array, a_low: Array, b_high: Array, b_low: Array) -> tuple[Array, Array]:

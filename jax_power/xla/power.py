@@ -12,8 +12,10 @@ carry what came before. The backward pass recomputes scores and states, so that 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -60,14 +62,8 @@ def forward(
     call: spec.PowerCall, q: Array, k: Array, v: Array, log_g: Array | None, s0: Array | None, z0: Array | None
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """y `[b, t, h_q, e]` and norm `[b, t, h_q]` in the compute dtype, and the final state (None unless asked for)."""
-    call = _fit_chunks(call)
-    x = _operands(call, q, k, v, log_g, s0, z0)
-    run = {"attention": _forward_attention, "chunked": _forward_chunked, "recurrent": _forward_chunked}[call.form]
-    sums, state = run(call, x)
-    num, norm = sums[..., :-1], sums[..., -1:]
-    y = jnp.where(norm == 0, 0.0, num / jnp.where(norm == 0, 1.0, norm)) if call.normalize else num
-    s, z = (None, None) if state is None else (state[..., :-1], state[..., -1])
-    return _tokens_first(y, call.t), _tokens_first(norm, call.t)[..., 0], s, z
+    arrays = _as_computed(call, q, k, v, log_g, s0, z0)
+    return _forward(_fit_chunks(call), *arrays)
 
 
 def backward(
@@ -85,21 +81,52 @@ def backward(
     dz: Array | None,
 ) -> tuple[Array, Array, Array, Array | None, Array | None, Array | None]:
     """Gradients of q, k, v, log_g, s0, z0 in the dtypes of those arguments (None where the argument is None)."""
-    call = _fit_chunks(call, backward=True)
+    arrays = _as_computed(call, q, k, v, log_g, s0, z0, y, norm, dy, ds, dz)
+    grads = _backward(_fit_chunks(call, backward=True), *arrays)
+    return tuple(
+        None if x is None else dx.astype(x.dtype) for x, dx in zip((q, k, v, log_g, s0, z0), grads, strict=True)
+    )
+
+
+# Compiled here so that calls outside of any `jit` are too, and so that dtypes computed in float32 share one program.
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(call: spec.PowerCall, *arrays: Array | None) -> tuple[Array, Array, Array | None, Array | None]:
+    x = _operands(call, *arrays)
+    run = _forward_attention if call.form == "attention" else _forward_chunked
+    sums, state = run(call, x)
+    num, norm = sums[..., :-1], sums[..., -1:]
+    y = jnp.where(norm == 0, 0.0, num / jnp.where(norm == 0, 1.0, norm)) if call.normalize else num
+    s, z = (None, None) if state is None else (state[..., :-1], state[..., -1])
+    return _tokens_first(y, call.t), _tokens_first(norm, call.t)[..., 0], s, z
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _backward(
+    call: spec.PowerCall,
+    q: Array,
+    k: Array,
+    v: Array,
+    log_g: Array | None,
+    s0: Array | None,
+    z0: Array | None,
+    y: Array,
+    norm: Array,
+    dy: Array,
+    ds: Array | None,
+    dz: Array | None,
+) -> tuple[Array, Array, Array, Array | None, Array | None, Array | None]:
     x = _operands(call, q, k, v, log_g, s0, z0)
-    dtype = jnp.dtype(call.compute_dtype)
-    dsums = _chunk(call, _heads_first(call, _sums_gradient(call, y, norm, dy.astype(dtype))), 3)
-    dstate = None if ds is None else jnp.concatenate((ds, dz[..., None]), -1).astype(dtype)
+    dsums = _chunk(call, _heads_first(call, _sums_gradient(call, y, norm, dy)), 3)
+    dstate = None if ds is None else jnp.concatenate((ds, dz[..., None]), -1)
     run = _backward_attention if call.form == "attention" else _backward_chunked
     dq, dk, dv1, dlog_g, dstate0 = run(call, x, dsums, dstate)
-    dq = dq * x.scale[0] * x.scale[1]
     return (
-        _tokens_first(dq, call.t).astype(q.dtype),
-        _tokens_first(dk[:, :, :, None], call.t_kv).astype(k.dtype),
-        _tokens_first(dv1[:, :, :, None, :, :-1], call.t_kv).astype(v.dtype),
-        None if log_g is None else _tokens_first(dlog_g[:, :, :, None, :, None], call.t_kv)[..., 0].astype(log_g.dtype),
-        None if s0 is None else dstate0[..., :-1].astype(s0.dtype),
-        None if z0 is None else dstate0[..., -1].astype(z0.dtype),
+        _tokens_first(dq * x.scale[0] * x.scale[1], call.t),
+        _tokens_first(dk[:, :, :, None], call.t_kv),
+        _tokens_first(dv1[:, :, :, None, :, :-1], call.t_kv),
+        None if log_g is None else _tokens_first(dlog_g[:, :, :, None, :, None], call.t_kv)[..., 0],
+        None if s0 is None else dstate0[..., :-1],
+        None if s0 is None else dstate0[..., -1],
     )
 
 
@@ -115,23 +142,23 @@ def _fit_chunks(call: spec.PowerCall, *, backward: bool = False) -> spec.PowerCa
     exp(log_g_i) ψ(q_i)ᵀ S_{i−1} + <q_i, k_i>^p v1_i: a token's own weight is not read back from S_i, where a small <q, k>^p
     is the sum of large products that cancel.
     """
-    if call.form == "recurrent" and not backward:
-        return dataclasses.replace(call, chunk_size=1)
-    return dataclasses.replace(call, chunk_size=max(1, min(call.chunk_size, max(call.t, call.t_kv))))
+    longest = 1 if call.form == "recurrent" and not backward else max(1, call.t, call.t_kv)
+    return dataclasses.replace(call, chunk_size=min(call.chunk_size, longest), dtypes=(call.compute_dtype,) * 3)
+
+
+def _as_computed(call: spec.PowerCall, *arrays: Array | None) -> tuple[Array | None, ...]:
+    return tuple(None if x is None else x.astype(call.compute_dtype) for x in arrays)
 
 
 def _operands(
     call: spec.PowerCall, q: Array, k: Array, v: Array, log_g: Array | None, s0: Array | None, z0: Array | None
 ) -> Operands:
-    dtype = jnp.dtype(call.compute_dtype)
-    q = _chunk(call, _heads_first(call, q.astype(dtype)), 3)
+    q = _chunk(call, _heads_first(call, q), 3)
     scale = row_scale(q, call.scale, call.normalize)
-    v1 = jnp.concatenate((v.astype(dtype), jnp.ones_like(v[..., :1], dtype)), -1)
-    k, v1 = (_chunk(call, jnp.moveaxis(x, 1, 2), 2) for x in (k.astype(dtype), v1))
-    gates = (None, None, None, None)
-    if log_g is not None:
-        gates = _gates(call, jnp.moveaxis(log_g.astype(dtype), 1, 2))
-    state = None if s0 is None else jnp.concatenate((s0, z0[..., None]), -1).astype(dtype)
+    v1 = jnp.concatenate((v, jnp.ones_like(v[..., :1])), -1)
+    k, v1 = (_chunk(call, jnp.moveaxis(x, 1, 2), 2) for x in (k, v1))
+    gates = (None, None, None, None) if log_g is None else _gates(call, jnp.moveaxis(log_g, 1, 2))
+    state = None if s0 is None else jnp.concatenate((s0, z0[..., None]), -1)
     return Operands(Chunk(q * scale[0] * scale[1], k, v1, *gates), scale, state)
 
 
@@ -181,8 +208,8 @@ def _sums_gradient(call: spec.PowerCall, y: Array, norm: Array, dy: Array) -> Ar
     """Gradients of numerators and normaliser, `[…, e + 1]`: dy / n and −<dy, y> / n, zero where n is; dy and 0 unnormalised."""
     if not call.normalize:
         return jnp.pad(dy, [(0, 0)] * 3 + [(0, 1)])
-    dsums = jnp.concatenate((dy, -(dy * y.astype(dy.dtype)).sum(-1, keepdims=True)), -1)
-    norm = norm[..., None].astype(dy.dtype)
+    dsums = jnp.concatenate((dy, -(dy * y).sum(-1, keepdims=True)), -1)
+    norm = norm[..., None]
     return jnp.where(norm == 0, 0.0, dsums / jnp.where(norm == 0, 1.0, norm))
 
 
