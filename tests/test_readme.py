@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import pathlib
 import re
@@ -10,7 +11,7 @@ import sys
 
 import pytest
 
-from bridge import cases, spec
+from bridge import cases, spec, twins
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,6 +50,15 @@ def test_state_sizes():
         number, unit = total.split()
         printed = f"{12 * 12 * size.exact_bytes / {'MB': 1e6, 'GB': 1e9, 'TB': 1e12}[unit]:.2g}"
         assert number == printed
+
+
+def test_implementations():
+    """Every implementation that the README names is in the package's tables."""
+    rows = cells("## Forms and implementations")
+    for twin in twins.present():
+        column = 1 if twin.framework == "jax" else 2
+        named = {name for row in rows for name in re.findall(r'`"(\w+)"`', row[column])}
+        assert named and named <= set(importlib.import_module(f"{twin.name}.choice").CHOICE.names())
 
 
 def test_bounds():
