@@ -87,6 +87,12 @@ struct Pair<__nv_bfloat16> {
   }
   static __device__ __forceinline__ float2 unpack(uint32_t a) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162 *>(&a)); }
 };
+/* Float16 infinities brought to ±65504. */
+__device__ __forceinline__ uint32_t saturate(uint32_t a) {
+  uint32_t r;
+  asm("{\n.reg .b32 t;\nmin.f16x2 t, %1, %2;\nmax.f16x2 %0, t, %3;\n}" : "=r"(r) : "r"(a), "r"(0x7bff7bffu), "r"(0xfbfffbffu));
+  return r;
+}
 /* Both halves of a pair set to its low, or its high value. */
 __device__ __forceinline__ uint32_t twice_low(uint32_t a) { return __byte_perm(a, a, 0x1010); }
 __device__ __forceinline__ uint32_t twice_high(uint32_t a) { return __byte_perm(a, a, 0x3232); }

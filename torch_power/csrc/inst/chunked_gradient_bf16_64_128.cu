@@ -1,0 +1,4 @@
+/* gradient_q_kernel and gradient_kv_kernel for bf16 and head sizes padded to d = 64, e = 128. */
+#include "../power/chunked_launch.cuh"
+
+template struct power::GradientLaunch<__nv_bfloat16, 64, 128>;

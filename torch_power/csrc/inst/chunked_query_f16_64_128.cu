@@ -1,0 +1,4 @@
+/* query_kernel for f16 and head sizes padded to d = 64, e = 128. */
+#include "../power/chunked_launch.cuh"
+
+template struct power::QueryLaunch<__half, 64, 128>;

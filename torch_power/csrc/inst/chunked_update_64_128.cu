@@ -1,0 +1,4 @@
+/* update_state_kernel for head sizes padded to d = 64, e = 128. */
+#include "../power/chunked_launch.cuh"
+
+template struct power::UpdateLaunch<64, 128>;

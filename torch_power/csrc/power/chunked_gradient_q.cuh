@@ -1,0 +1,267 @@
+/* gradient_q_kernel: dq for a block of queries, through the state before the chunk and through the chunk (scaling: chunked_backward.cuh).
+ *
+ * Block (128 rows of a chunk, query head): two consumer warpgroups of 64 rows each, one loading warp.
+ *   1. moments: dx ← −2 ΔD_i 2^(units) Q~ M, into the dx slots;          2. state: dx += contraction of S with D (chunked_contract.cuh);
+ *   3. dq~ ← 2^(chunk_prefix) h 2^(unit) dx, then from the diagonal key tile backwards: S = Q~ K^ᵀ, D V^ᵀ, ds~ from both in registers,
+ *      dq~ += ds~ K^.
+ * Shared memory: rows of q~ and D, the dx slots, and a ring of a state tile, or a key and a value tile and their gate factors.
+ */
+#pragma once
+#include "chunked_backward.cuh"
+#include "chunked_contract.cuh"
+
+namespace power {
+
+struct GradientQParams {
+  Sizes z;
+  View dq;
+  const __half *q, *dy, *k, *v, *states, *moments;
+  const int *state_units, *moment_units;
+  Gates gates;
+  RowFactors rows;
+  Maxima maxima;
+  int has_state, normalize;
+};
+
+template <int PADDED_D, int PADDED_E>
+struct GradientQTiles {
+  static constexpr int D_TILES = PADDED_D / 64, E_TILES = PADDED_E / 64, ROWS = 128;
+  static constexpr int STAGE_BYTES = (D_TILES + E_TILES) * TILE_BYTES + 1024;
+  static constexpr int ROWS_BYTES = 2 * (D_TILES + E_TILES) * TILE_BYTES, SLOTS_BYTES = 2 * Contraction<PADDED_D>::BYTES;
+  static constexpr int STAGES = STAGE_BYTES > 24576 + 1024 ? 2 : STAGE_BYTES > 17408 ? 4 : 6;
+  static constexpr int SMEM_BYTES = 1024 + ROWS_BYTES + STAGES * STAGE_BYTES + SLOTS_BYTES + Ring<STAGES>::BYTES + 16;
+};
+
+/* ds~ = s~ γ (<D, v^> − ΔD) times the rows' factors, rounded into A fragments; on the diagonal tile γ = 2^(prefix_i − prefix_j) for
+ * j ≤ i, elsewhere `key_factors` (shared memory) · what the row factor holds. */
+template <bool DIAGONAL>
+__device__ __forceinline__ void score_gradients(const float (&s)[32], const float (&dp)[32], uint32_t (&ds)[4][4], const float (&row_factors)[2],
+                                                const float (&delta)[2], const float (&row_prefix)[2], const float *tile_prefix,
+                                                uint32_t key_factors, const Lane &at) {
+  const int row = at.warp * 16 + at.group;
+#pragma unroll
+  for (int n = 0; n < 8; n++) {
+    const int column = 8 * n + 2 * at.quad;
+    float2 key;
+    if constexpr (DIAGONAL) {
+      key = *reinterpret_cast<const float2 *>(tile_prefix + column);
+    } else {
+      const uint2 bits = load_shared_64(key_factors + column * 4);
+      key = make_float2(__uint_as_float(bits.x), __uint_as_float(bits.y));
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int i = 4 * n + 2 * r;
+      float x = s[i] * (dp[i] - delta[r]) * row_factors[r], y = s[i + 1] * (dp[i + 1] - delta[r]) * row_factors[r];
+      if constexpr (DIAGONAL) {
+        x = column <= row + 8 * r ? x * exp2_fast(row_prefix[r] - key.x) : 0.f;
+        y = column + 1 <= row + 8 * r ? y * exp2_fast(row_prefix[r] - key.y) : 0.f;
+      } else {
+        x *= key.x, y *= key.y;
+      }
+      uint32_t &pair = ds[n / 2][(n % 2) * 2 + r];
+      pair = Pair<__half>::pack(x, y);
+      if constexpr (DIAGONAL) pair = saturate(pair);
+    }
+  }
+}
+
+template <typename Out, int PADDED_D, int PADDED_E>
+__global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constant__ GradientQParams p) {
+  using T = GradientQTiles<PADDED_D, PADDED_E>;
+  constexpr int D_TILES = T::D_TILES, E_TILES = T::E_TILES;
+  extern __shared__ uint8_t smem_raw[];
+  const uint32_t rows_smem = (smem_address(smem_raw) + 1023) & ~1023u, stages_smem = rows_smem + T::ROWS_BYTES;
+  const uint32_t slots_smem = stages_smem + T::STAGES * T::STAGE_BYTES;
+  const Ring<T::STAGES> ring{slots_smem + T::SLOTS_BYTES};
+  const uint32_t rows_full = ring.barriers + Ring<T::STAGES>::BYTES;
+
+  /* Later row blocks of a chunk have more keys to see: they start first. */
+  const int blocks = p.z.chunk / T::ROWS, block = blocks - 1 - int(blockIdx.x) / p.z.chunks, chunk = int(blockIdx.x) % p.z.chunks;
+  const int head = blockIdx.y, batch = head / p.z.h_q, own = head % p.z.h_q, kv = batch * p.z.h_kv + own / p.z.group;
+  const int heads = p.z.b * p.z.h_kv, group = threadIdx.x >> 7, first_tile = block * 2, last_tile = first_tile + 1;
+  const int64_t q_tile = int64_t(head) * p.z.tiles + chunk * p.z.chunk_tiles, k_tile = int64_t(kv) * p.z.tiles + chunk * p.z.chunk_tiles;
+  if (chunk * p.z.chunk + first_tile * TILE >= p.z.t) return;
+  const bool has_state = chunk > 0 || p.has_state;
+  if (threadIdx.x == 0) {
+    ring.init(8);
+    mbarrier_init(rows_full, 1);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+
+  if (group == 2) {
+    registers_lower<40>();
+    if (threadIdx.x == 256) {
+      mbarrier_expect(rows_full, T::ROWS_BYTES);
+      bulk_load(rows_smem, p.q + (q_tile + first_tile) * D_TILES * 4096, 2 * D_TILES * TILE_BYTES, rows_full);
+      bulk_load(rows_smem + 2 * D_TILES * TILE_BYTES, p.dy + (q_tile + first_tile) * E_TILES * 4096, 2 * E_TILES * TILE_BYTES, rows_full);
+      RingPosition<T::STAGES> at;
+      auto fill = [&](const void *source, int bytes) {
+        ring.acquire(at, bytes);
+        bulk_load(stages_smem + at.slot * T::STAGE_BYTES, source, bytes, ring.full(at.slot));
+        at.advance();
+      };
+      if (has_state) {
+        const __half *moments = p.moments + int64_t(chunk * heads + kv) * D_TILES * D_TILES * 4096;
+        for (int i = 0; i < D_TILES; i++) fill(moments + i * D_TILES * 4096, D_TILES * TILE_BYTES);
+        load_pairs<E_TILES>(p.states + int64_t(chunk * heads + kv) * p.z.pairs * E_TILES * 4096, p.z.pairs, p.z.feature_tiles, fill);
+      }
+#pragma unroll 1
+      for (int tile = last_tile; tile >= 0; tile--) {
+        const uint32_t slot = stages_smem + at.slot * T::STAGE_BYTES, full = ring.full(at.slot);
+        ring.acquire(at, (D_TILES + E_TILES) * TILE_BYTES + 256);
+        bulk_load(slot, p.k + (k_tile + tile) * D_TILES * 4096, D_TILES * TILE_BYTES, full);
+        bulk_load(slot + D_TILES * TILE_BYTES, p.v + (k_tile + tile) * E_TILES * 4096, E_TILES * TILE_BYTES, full);
+        bulk_load(slot + (D_TILES + E_TILES) * TILE_BYTES, p.gates.tile_decay + (k_tile + tile) * TILE, 256, full);
+        at.advance();
+      }
+    }
+  } else {
+    registers_raise<232>();
+    const Lane lane;
+    const int row = lane.warp * 16 + lane.group, own_tile = first_tile + group;
+    RingPosition<T::STAGES> at;
+    const uint32_t q_rows = rows_smem + group * D_TILES * TILE_BYTES, dy_rows = rows_smem + (2 * D_TILES + group * E_TILES) * TILE_BYTES;
+    const int64_t q_row = (q_tile + own_tile) * TILE + row, k_row = (k_tile + own_tile) * TILE + row;
+    const int dy_exponent = scaling_exponent(p.maxima.dy[kv], DY_RANGE), v_exponent = scaling_exponent(p.maxima.v[kv], V_RANGE);
+    float h[2], delta[2], dq[PADDED_D / 2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      h[r] = p.rows.h[q_row + 8 * r] * float(1 << DS_SHIFT);
+      delta[r] = p.normalize ? p.rows.delta[q_row + 8 * r] * power_of_two(dy_exponent) * power_of_two(v_exponent) : 0.f;
+    }
+    mbarrier_wait(rows_full, 0);
+    RowOperand<E_TILES> dy(dy_rows, lane);
+
+    if (has_state) {
+      float *slots = reinterpret_cast<float *>(smem_raw + (slots_smem - smem_address(smem_raw)) + group * Contraction<PADDED_D>::BYTES);
+      Contraction<PADDED_D> contraction{q_rows, slots, p.z.feature_tiles};
+      const int state_unit = p.state_units[chunk * heads + kv], moment_unit = p.moment_units[chunk * heads + kv];
+      {
+        uint32_t a[D_TILES][4][4];
+#pragma unroll
+        for (int h = 0; h < D_TILES; h++) load_fragments(a[h], q_rows + h * TILE_BYTES, lane);
+#pragma unroll
+        for (int h = 0; h < D_TILES; h++) {
+          ring.wait(at);
+          pin(a[h]);
+          pin(dq);
+          wgmma_fence();
+          const uint64_t b = matrix_descriptor(stages_smem + at.slot * T::STAGE_BYTES, 1024, TILE_BYTES);
+#pragma unroll
+          for (int s = 0; s < 4; s++)
+            Wgmma<PADDED_D, __half>::template rs<MN_MAJOR>(dq, a[h][s], b + descriptor_offset(s * 2048), h + s > 0);
+          wgmma_commit();
+          wgmma_wait<0>();
+          pin(dq);
+          ring.release(at.slot);
+          at.advance();
+        }
+        const float unit = -2.f * power_of_two(moment_unit - state_unit);
+#pragma unroll
+        for (int n = 0; n < PADDED_D / 8; n++)
+#pragma unroll
+          for (int r = 0; r < 2; r++)
+            contraction.slot(lane, r, n) = make_float2(dq[4 * n + 2 * r] * delta[r] * unit, dq[4 * n + 2 * r + 1] * delta[r] * unit);
+      }
+      float u[2][32];
+      contraction.load_i(lane);
+      RingPosition<T::STAGES> done = at;
+      pipeline_pairs(
+          p.z.pairs,
+          [&](auto half) {
+            ring.wait(at);
+            pin(u[half.value]);
+            dy.hold();
+            wgmma_fence();
+            dy.times(u[half.value], stages_smem + at.slot * T::STAGE_BYTES);
+            wgmma_commit();
+            at.advance();
+          },
+          [&](auto half, bool real) {
+            pin(u[half.value]);
+            ring.release(done.slot);
+            done.advance();
+            if (real) contraction.add(u[half.value], lane);
+          });
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const float factor = exp2f(p.gates.chunk_prefix[k_row + 8 * r]) * h[r] * power_of_two(state_unit);
+#pragma unroll
+        for (int n = 0; n < PADDED_D / 8; n++) {
+          const float2 dx = contraction.slot(lane, r, n);
+          dq[4 * n + 2 * r] = dx.x * factor, dq[4 * n + 2 * r + 1] = dx.y * factor;
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < PADDED_D / 2; i++) dq[i] = 0.f;
+    }
+
+    /* Inside the chunk. reach: 2 h 2^(decay from a key tile's end to the row). */
+    {
+      float s[32], dp[32], reach[2] = {2.f * h[0], 2.f * h[1]};
+      uint32_t ds[4][4];
+      auto attend_tile = [&](auto diagonal_constant, int tile) {
+        constexpr bool DIAGONAL = decltype(diagonal_constant)::value;
+        ring.wait(at);
+        const uint32_t keys = stages_smem + at.slot * T::STAGE_BYTES, values = keys + D_TILES * TILE_BYTES, factors = values + E_TILES * TILE_BYTES;
+        pin(s);
+        pin(dp);
+        dy.hold();
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < D_TILES; i++)
+#pragma unroll
+          for (int step = 0; step < 4; step++)
+            Wgmma<64, __half>::template ss<K_MAJOR, K_MAJOR>(s, matrix_descriptor(q_rows + i * TILE_BYTES + step * 32),
+                                                             matrix_descriptor(keys + i * TILE_BYTES + step * 32), i + step > 0);
+        dy.times(dp, values);
+        wgmma_commit();
+        wgmma_wait<0>(); /* also the last tile's dq: its slot may go */
+        pin(s);
+        pin(dp);
+        pin(dq);
+        const float *prefix = p.gates.tile_prefix + (k_tile + tile) * TILE;
+        const float row_prefix[2] = {p.gates.tile_prefix[k_row], p.gates.tile_prefix[k_row + 8]};
+        score_gradients<DIAGONAL>(s, dp, ds, reach, delta, row_prefix, prefix, factors, lane);
+        if constexpr (DIAGONAL) {
+          reach[0] *= exp2_fast(row_prefix[0]), reach[1] *= exp2_fast(row_prefix[1]);
+        } else {
+          const float decay = exp2_fast(p.gates.tile_sum[k_tile + tile]);
+          reach[0] *= decay, reach[1] *= decay;
+        }
+        pin(ds);
+        pin(dq);
+        wgmma_fence();
+        const uint64_t b = matrix_descriptor(keys, 1024, TILE_BYTES);
+#pragma unroll
+        for (int step = 0; step < 4; step++)
+          Wgmma<PADDED_D, __half>::template rs<MN_MAJOR>(dq, ds[step], b + descriptor_offset(step * 2048), 1);
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(dq);
+        ring.release(at.slot);
+        at.advance();
+      };
+      int tile = last_tile;
+      for (; tile > own_tile; tile--) { /* keys after all of this warpgroup's rows */
+        ring.wait(at);
+        ring.release(at.slot);
+        at.advance();
+      }
+      attend_tile(std::true_type{}, tile--);
+#pragma unroll 1
+      for (; tile >= 0; tile--) attend_tile(std::false_type{}, tile);
+    }
+
+    const float unit = power_of_two(-DS_SHIFT - dy_exponent) * power_of_two(-v_exponent);
+    const float factor[2] = {p.rows.q_scale[q_row] * unit, p.rows.q_scale[q_row + 8] * unit};
+    named_barrier_sync(CONSUMER + group, 128); /* every warp has done with the queries, whose rows now take dq */
+    write_rows<Out, PADDED_D>(dq, factor, q_rows, p.dq, batch * p.dq.batch + own * p.dq.head, chunk * p.z.chunk + own_tile * TILE, p.z.t, p.z.d,
+                              lane);
+  }
+}
+
+}  // namespace power

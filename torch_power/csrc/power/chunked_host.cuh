@@ -1,0 +1,103 @@
+/* Host side shared by the chunked entry points: workspaces, dispatch over dtype and padded head sizes. */
+#pragma once
+#include <cuda_runtime.h>
+#include "chunked_backward.cuh"
+#include "chunked_gradient_kv.cuh"
+#include "chunked_gradient_q.cuh"
+#include "chunked_query.cuh"
+#include "chunked_stage.cuh"
+#include "chunked_update.cuh"
+
+namespace power {
+
+/* Hands out 1024-byte aligned pieces of a workspace; from a null base it only counts. */
+class Arena {
+ public:
+  explicit Arena(void *base) : base_(static_cast<char *>(base)) {}
+  template <typename T>
+  T *take(int64_t count) {
+    const int64_t at = used_;
+    used_ += (count * int64_t(sizeof(T)) + 1023) / 1024 * 1024;
+    return base_ == nullptr ? nullptr : reinterpret_cast<T *>(base_ + at);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char *base_;
+  int64_t used_ = 0;
+};
+
+inline Gates take_gates(Arena &arena, const Sizes &z) {
+  const int64_t heads = int64_t(z.b) * z.h_kv, tokens = heads * z.tokens;
+  Gates g;
+  g.tile_prefix = arena.take<float>(tokens), g.tile_decay = arena.take<float>(tokens);
+  g.chunk_prefix = arena.take<float>(tokens), g.chunk_decay = arena.take<float>(tokens);
+  g.tile_sum = arena.take<float>(heads * z.tiles), g.chunk_sum = arena.take<float>(heads * z.chunks);
+  g.chunk_weight = arena.take<float>(heads * z.chunks);
+  return g;
+}
+constexpr int MAXIMA = 5;
+inline Maxima take_maxima(unsigned *p, int64_t heads) {
+  return Maxima{p, p + heads, p + 2 * heads, p + 3 * heads, p + 4 * heads};
+}
+/* Float16 counts of staged rows, states and moments. */
+inline int64_t staged_count(const Sizes &z, int64_t heads, int padded) { return heads * z.tokens * padded; }
+inline int64_t states_count(const Sizes &z) { return int64_t(z.chunks) * z.b * z.h_kv * z.pairs * 64 * z.padded_e; }
+inline int64_t moments_count(const Sizes &z) { return int64_t(z.chunks) * z.b * z.h_kv * z.padded_d * z.padded_d; }
+
+inline View make_view(const PowerArray &a) { return View{static_cast<char *>(a.data), a.stride[0], a.stride[1], a.stride[2], a.stride[3]}; }
+
+/* Launches that depend on the template arguments: defined in chunked_launch.cuh, each instantiated in one file of ../inst. */
+template <int PADDED_D, int PADDED_E>
+struct UpdateLaunch {
+  static cudaError_t update(const UpdateParams &, cudaStream_t);
+};
+template <typename In, int PADDED_D, int PADDED_E>
+struct QueryLaunch {
+  static cudaError_t query(const QueryParams &, cudaStream_t);
+};
+template <typename In, int PADDED_D, int PADDED_E>
+struct GradientLaunch {
+  static cudaError_t q(const GradientQParams &, cudaStream_t);
+  static cudaError_t kv(const GradientKVParams &, cudaStream_t);
+};
+
+/* Calls `f(std::integral_constant<int, padded d>, <padded e>)`. */
+template <class F>
+cudaError_t dispatch_sizes(const Sizes &z, F f) {
+  using Small = std::integral_constant<int, 64>;
+  using Large = std::integral_constant<int, 128>;
+  if (z.padded_d == 64) return z.padded_e == 64 ? f(Small{}, Small{}) : f(Small{}, Large{});
+  return z.padded_e == 64 ? f(Large{}, Small{}) : f(Large{}, Large{});
+}
+/* Calls `f(In{})` with the element type of the call. */
+template <class F>
+cudaError_t dispatch_dtype(int dtype, F f) {
+  return dtype == POWER_BFLOAT16 ? f(__nv_bfloat16{}) : f(__half{});
+}
+
+template <typename In>
+cudaError_t stage(const StageParams &p, int padded, Scaling scaling, cudaStream_t stream) {
+  const dim3 grid(p.z.tiles, p.z.b * p.heads);
+  if (scaling == Scaling::HEAD) {
+    if (padded == 64) stage_kernel<In, 64, Scaling::HEAD><<<grid, STAGE_THREADS, 0, stream>>>(p);
+    else stage_kernel<In, 128, Scaling::HEAD><<<grid, STAGE_THREADS, 0, stream>>>(p);
+  } else {
+    if (padded == 64) stage_kernel<In, 64, Scaling::ROW><<<grid, STAGE_THREADS, 0, stream>>>(p);
+    else stage_kernel<In, 128, Scaling::ROW><<<grid, STAGE_THREADS, 0, stream>>>(p);
+  }
+  return cudaGetLastError();
+}
+
+/* Why the chunked kernels cannot serve a shape, or null. */
+inline const char *unsupported(const PowerAttentionShape &s) {
+  if (s.deg != 2) return "deg: the chunked sm90 kernels are for deg = 2";
+  if (s.dtype != POWER_BFLOAT16 && s.dtype != POWER_FLOAT16) return "dtype: the sm90 kernels take bfloat16 and float16";
+  if (!s.causal) return "causal: the chunked sm90 kernels are causal; form 'attention' serves causal=False";
+  if (s.d % 8 || s.e % 8 || s.d < 8 || s.e < 8 || s.d > 128 || s.e > 128) return "d, e: the chunked sm90 kernels take multiples of 8 up to 128";
+  if (s.t != s.t_kv || s.h_kv < 1 || s.h_q % s.h_kv) return "t_kv, h_q: contradict t, h_kv";
+  if (s.b * s.h_q > 65535) return "b, h_q: at most 65535 batch × query heads";
+  return nullptr;
+}
+
+}  // namespace power

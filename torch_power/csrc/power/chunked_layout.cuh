@@ -1,0 +1,155 @@
+/* What the kernels of the chunked form share: array views, sizes, the workspace, scaling exponents.
+ *
+ * Inside, everything is float16 scaled by powers of two (exact for bfloat16 inputs, three bits better than bfloat16 for products):
+ *   q^ = q · 2^a (a per row)    k^ = k · 2^κ    v^ = v · 2^ν    dy^ = dy · 2^δ     (κ, ν, δ per key-value head)
+ * so  s^ = <q^, k^>,  num^ = Σ s^² γ v^ · 2^PS,  den^ = Σ s^² γ · 2^PS,  y = num^ / den^ · 2^−ν   with PS = score_exponent(d).
+ *
+ * Staged operands, tiles of 64 tokens, 128-byte swizzle, zero outside t, d and e, so that no kernel masks loads:
+ *   rows:  [head][tile][⌈d/64⌉][64 tokens][64]        transposed:  [head][tile][64⌈d/64⌉ rows of d][64 tokens], times a weight per token
+ * States before each chunk (behind it, for gradients), the B operands of the query: tile pair (I ≤ J) number J(J+1)/2 + I
+ *   [chunk][head][pair][⌈e/64⌉][64 rows (α, β)][64]  in units 2^σ, multiplicity folded in; moments (normaliser) [chunk][head][⌈d/64⌉²][64][64]
+ */
+#pragma once
+#include "../abi.h"
+#include "../sm90/mbarrier.cuh"
+#include "../sm90/registers.cuh"
+#include "../sm90/tma.cuh"
+#include "../sm90/wgmma.cuh"
+#include "tiles.h"
+
+namespace power {
+
+using namespace sm90;
+
+/* A [batch, time, head, feature] array of the caller's; strides in elements. */
+struct View {
+  char *data;
+  int64_t batch, time, head, feature;
+};
+
+/* Gate sums, base-2 logarithms unless said otherwise, [head][tokens padded to tiles] and [head][tiles] or [head][chunks].
+ * Nothing is a difference of long sums: strong decay keeps its digits (contract, "Chunked algorithm"). */
+struct Gates {
+  float *tile_prefix;  /* sum over the tile up to and with the token */
+  float *tile_decay;   /* 2^(sum after the token to the tile's end) */
+  float *chunk_prefix; /* sum over the chunk up to and with the token */
+  float *chunk_decay;  /* 2^(sum after the token to the chunk's end): a key's weight in the chunk's update */
+  float *tile_sum;
+  float *chunk_sum;
+  float *chunk_weight; /* Σ over the chunk of chunk_decay: bounds what the chunk adds to a state */
+};
+
+struct Sizes {
+  int b, t, h_q, h_kv, d, e;
+  int group, chunk, chunks, tiles, chunk_tiles; /* chunk_tiles · chunks = tiles */
+  int pairs, feature_tiles, padded_d, padded_e;
+  int64_t tokens; /* per head, padded: 64 · tiles */
+};
+
+inline Sizes make_sizes(const PowerAttentionShape &s) {
+  Sizes z;
+  z.b = int(s.b), z.t = int(s.t), z.h_q = int(s.h_q), z.h_kv = int(s.h_kv), z.d = int(s.d), z.e = int(s.e);
+  z.group = z.h_q / z.h_kv;
+  z.chunk = chunk_length(s.t, z.d, z.e);
+  z.chunks = (z.t + z.chunk - 1) / z.chunk;
+  z.chunk_tiles = z.chunk / TILE, z.tiles = z.chunks * z.chunk_tiles, z.tokens = int64_t(z.tiles) * TILE;
+  z.feature_tiles = z.d / FEATURE_TILE, z.pairs = z.feature_tiles * (z.feature_tiles + 1) / 2;
+  z.padded_d = z.d <= 64 ? 64 : 128, z.padded_e = z.e <= 64 ? 64 : 128;
+  return z;
+}
+
+/* Largest magnitudes, as float bits (ordered like unsigned integers), per key-value head. */
+struct Maxima {
+  unsigned *k, *v, *dy, *s, *z;
+};
+
+/* Exponent x with largest · 2^x in [2^(range − 1), 2^range); 0 for an all-zero array. */
+__device__ __forceinline__ int scaling_exponent(unsigned largest_bits, int range) {
+  int exponent = int(largest_bits >> 23) - 127;
+  return largest_bits == 0 ? 0 : min(max(range - 1 - exponent, -100), 100);
+}
+__device__ __forceinline__ float power_of_two(int exponent) { return exp2f(float(exponent)); }
+
+/* Units of a state whose entries are below `bound` · 2^bits: the stored float16 is the value times 2^−unit, below 2^15. */
+__device__ __forceinline__ int state_unit(float bound, int bits) { return bound > 0.f ? ilogbf(bound) + 1 + bits - 15 : 0; }
+
+/* Pair number J(J+1)/2 + I ↔ (I, J), I ≤ J; the caller's state orders pairs lexicographically. */
+__device__ __forceinline__ void pair_tiles(int pair, int &i, int &j) {
+  j = 0;
+  while (pair > j) pair -= ++j;
+  i = pair;
+}
+__device__ __forceinline__ int public_pair(int i, int j, int feature_tiles) { return i * feature_tiles - i * (i - 1) / 2 + (j - i); }
+
+/* Eight neighbouring 16-bit values of one row as they are in memory; columns at or beyond `columns` are zero. */
+template <typename In>
+__device__ __forceinline__ uint4 load_piece(const View &x, int64_t row_offset, int column, int columns) {
+  if (column >= columns) return make_uint4(0, 0, 0, 0);
+  const In *p = reinterpret_cast<const In *>(x.data) + row_offset + column * x.feature;
+  if (x.feature == 1 && (reinterpret_cast<uintptr_t>(p) & 15) == 0) return *reinterpret_cast<const uint4 *>(p);
+  uint4 r;
+  uint16_t *values = reinterpret_cast<uint16_t *>(&r);
+#pragma unroll
+  for (int i = 0; i < 8; i++) values[i] = *reinterpret_cast<const uint16_t *>(p + i * x.feature);
+  return r;
+}
+template <typename In>
+__device__ __forceinline__ void store_piece(const View &x, int64_t row_offset, int column, int columns, uint4 r) {
+  if (column >= columns) return;
+  In *p = reinterpret_cast<In *>(x.data) + row_offset + column * x.feature;
+  if (x.feature == 1 && (reinterpret_cast<uintptr_t>(p) & 15) == 0) {
+    *reinterpret_cast<uint4 *>(p) = r;
+    return;
+  }
+  const uint16_t *values = reinterpret_cast<const uint16_t *>(&r);
+#pragma unroll
+  for (int i = 0; i < 8; i++) *reinterpret_cast<uint16_t *>(p + i * x.feature) = values[i];
+}
+
+/* Largest magnitude among eight values. */
+template <typename In>
+__device__ __forceinline__ float largest_of(uint4 r) {
+  float2 a = Pair<In>::unpack(r.x), b = Pair<In>::unpack(r.y), c = Pair<In>::unpack(r.z), d = Pair<In>::unpack(r.w);
+  return fmaxf(fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y))),
+               fmaxf(fmaxf(fabsf(c.x), fabsf(c.y)), fmaxf(fabsf(d.x), fabsf(d.y))));
+}
+/* Eight values times `factor`, rounded to float16. */
+template <typename In>
+__device__ __forceinline__ uint4 to_half(uint4 r, float factor) {
+  auto one = [&](uint32_t pair) {
+    float2 x = Pair<In>::unpack(pair);
+    return Pair<__half>::pack(x.x * factor, x.y * factor);
+  };
+  return make_uint4(one(r.x), one(r.y), one(r.z), one(r.w));
+}
+/* 2^a that brings a row whose largest magnitude is `largest` into [2^(Q_RANGE − 1), 2^Q_RANGE). */
+__device__ __forceinline__ float row_factor(float largest) { return power_of_two(scaling_exponent(__float_as_uint(largest), Q_RANGE)); }
+
+/* Largest of `x` over groups of WIDTH neighbouring lanes. */
+template <int WIDTH>
+__device__ __forceinline__ float group_max(float x) {
+#pragma unroll
+  for (int offset = WIDTH / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
+  return x;
+}
+/* Sum over the four lanes that hold one row of an accumulator. */
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+/* Where a thread sits in its warpgroup's fragments. */
+struct Lane {
+  int warp, group, quad, lane;
+  __device__ __forceinline__ Lane()
+      : warp((threadIdx.x >> 5) & 3), group((threadIdx.x & 31) >> 2), quad(threadIdx.x & 3), lane(threadIdx.x & 31) {}
+};
+
+/* A fragments (four k-steps) of 64 swizzled 128-byte rows: this warp's rows 16w … 16w + 15. */
+__device__ __forceinline__ void load_fragments(uint32_t (&a)[4][4], uint32_t tile, const Lane &at) {
+  const int row = at.warp * 16 + (at.lane & 15);
+#pragma unroll
+  for (int step = 0; step < 4; step++) load_matrices(a[step], tile + swizzled(row, 2 * step + (at.lane >> 4)));
+}
+
+}  // namespace power

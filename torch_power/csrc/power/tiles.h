@@ -1,0 +1,35 @@
+/* The tile table of the power attention kernels: what every kernel's shapes come from, and why each number is what it is. */
+#pragma once
+#include <stdint.h>
+
+namespace power {
+
+/* Tokens per staged tile: one 64-row matrix instruction of queries, four k-steps of keys, rows of a 128-byte swizzle. */
+constexpr int TILE = 64;
+/* Side of the feature tiles of degree 2; a pair of them is 64 state rows (README, "State"). */
+constexpr int FEATURE_TILE = 8;
+constexpr int TILE_BYTES = 64 * 64 * 2;
+
+/* Ranges of the scaled float16 operands, as powers of two: |q^| < 2^Q_RANGE (each row on its own), |k^| < 2^K_RANGE,
+ * |v^| < 2^V_RANGE, |dy^| < 2^DY_RANGE (each per key-value head).
+ * k is put high because it enters squared: a key 2^10 smaller than the largest still has normal float16 features. */
+constexpr int Q_RANGE = 1, K_RANGE = 4, V_RANGE = 0, DY_RANGE = 0;
+
+/* Squared scores are at most (d · 2^(Q_RANGE + K_RANGE))²; times 2^score_exponent they fit float16 (< 2^15). */
+constexpr int score_exponent(int padded_d) { return 15 - 2 * ((padded_d == 64 ? 6 : 7) + Q_RANGE + K_RANGE); }
+
+/* Chunk length. Per token and head the sum inside a chunk costs c/2 · (d + e) and the two state products 2 · D · e, so c only has to stay
+ * well under 4D; each chunk also writes and reads a state of 2 · D · e bytes. Lengths are multiples of 256, the rows of a query block. */
+inline int chunk_length(int64_t t, int d, int e) {
+  if (t <= 256) return 256;
+  if (t <= 1024) return 512;                /* more chunks: short sequences need blocks to fill the chip */
+  if (d > 64 && t >= 16384) return 4096;    /* D = 8704: a state is 2.2 MB, 1/4 the memory of 1024 */
+  if (d > 64) return 1024;
+  return e > 64 && t >= 16384 ? 2048 : 1024; /* d = 64, t = 65536, 8 heads: 151 MB of states */
+}
+
+/* Rows of queries a block of the query kernel takes: two warpgroups with two row tiles each share every state tile that is loaded
+ * (PROBE: 4 row tiles a block 650 TFLOP/s, 2 row tiles 590); a 128-wide head's accumulators leave room for one. */
+constexpr int query_row_tiles(int padded_d, int padded_e) { return padded_d == 64 && padded_e == 64 ? 2 : 1; }
+
+}  // namespace power

@@ -1,0 +1,140 @@
+"""Power attention on Hopper GPUs: the CUDA kernels behind the interface every implementation has.
+
+The attention form is `torch_power.cuda.attention`; here are the chunked form (degree 2) and the choice between them. Arithmetic is
+float16 products with float32 sums on operands scaled by powers of two (csrc/power/chunked_layout.cuh), so bfloat16 inputs lose
+nothing on the way in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridge import spec
+from torch_power.cuda import attention, library
+
+
+def plan(call: spec.PowerCall) -> spec.PowerCall:
+    """Replace a form that was left open by the one that is faster here (times per token in benchmarks/NOTES.md).
+
+    The attention form's work grows with t, the chunked form's does not: they cross near t = 4·D·e / (d + e) tokens, as each
+    does about the same rate, and the chunked one needs enough heads to fill the chip.
+    """
+    if not call.auto_form or call.deg != 2 or not call.causal or call.has_state or call.return_state or call.d % 8:
+        return call
+    crossing = 4 * spec.state_rows(call.d, 2) * call.e / (call.d + call.e) * 2
+    return dataclasses.replace(call, form="attention" if call.t < crossing else "chunked")
+
+
+def supports(call: spec.PowerCall, device: str) -> str | None:
+    """None, or why the kernels cannot serve `call`: the argument, and what would work."""
+    if call.form == "attention" and not (call.has_state or call.return_state):
+        return attention.supports(call, device)
+    if not device.startswith("cuda"):
+        return f"device {device}: the kernels run on a Hopper GPU; move the arrays there"
+    if call.deg != 2:
+        return f"deg={call.deg}: the chunked kernels take 2; form='attention' without a state takes 1 to 4"
+    if not call.causal:
+        return "causal=False: the chunked kernels are causal; use form='attention'"
+    if len(set(call.dtypes)) > 1 or call.dtypes[0] not in ("bfloat16", "float16"):
+        return (
+            f"dtypes {', '.join(call.dtypes)} of q, k, v: the kernels take bfloat16 or float16, the same for all three"
+        )
+    for name, size in (("d", call.d), ("e", call.e)):
+        if not 8 <= size <= 128 or size % 8:
+            return f"head size {name}={size}: the chunked kernels take multiples of 8 up to 128"
+    if call.b * call.h_q > 65535:
+        return f"b·h_q={call.b * call.h_q}: the chunked kernels take at most 65535 heads in all"
+    return _missing()
+
+
+def forward(
+    call: spec.PowerCall, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, s0: Tensor | None, z0: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """y `[b, t, h_q, e]` in the dtype of v, norm `[b, t, h_q]` float32, and the final state (None unless asked for).
+
+    A call with a state, and one of form 'recurrent', is served by the chunked kernels whatever the form: the sums are the same.
+    """
+    if call.form == "attention" and not (call.has_state or call.return_state):
+        return attention.forward(call, q, k, v, log_g, s0, z0)
+    make = _maker(q)
+    y, norm = make(call.b, call.t, call.h_q, call.e, dtype=v.dtype), make(call.b, call.t, call.h_q)
+    s = z = None
+    if call.return_state:
+        s, z = make(call.b, call.h_kv, call.rows, call.e), make(call.b, call.h_kv, call.rows)
+    s0, z0 = _contiguous(s0, z0)
+    if _empty(call):
+        if s is not None:
+            s.zero_() if s0 is None else s.copy_(s0)
+            z.zero_() if z0 is None else z.copy_(z0)
+        return y, norm, s, z
+    arrays = {"q": _scaled(call, q), "k": k, "v": v, "log_g": log_g, "s0": s0, "z0": z0, "y": y, "norm": norm, "s": s, "z": z}
+    library.run("chunked_forward", call, arrays)
+    return y, norm, s, z
+
+
+def backward(
+    call: spec.PowerCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor | None,
+    s0: Tensor | None,
+    z0: Tensor | None,
+    y: Tensor,
+    norm: Tensor,
+    dy: Tensor,
+    ds: Tensor | None,
+    dz: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, log_g, s0, z0 in the dtypes of those arguments (None where the argument is None).
+
+    States are recomputed, so that a forward pass keeps y and norm alone. Every sum has one order: two runs give equal bits.
+    """
+    if call.form == "attention" and not (call.has_state or call.return_state):
+        return attention.backward(call, q, k, v, log_g, s0, z0, y, norm, dy, ds, dz)
+    make = _maker(q)
+    gradients = [None if x is None else make(*x.shape, dtype=x.dtype) for x in (q, k, v, log_g, s0, z0)]
+    s0, z0, ds, dz = _contiguous(s0, z0, ds, dz)
+    if _empty(call):
+        for x, source in zip(gradients, (None, None, None, None, ds, dz), strict=True):
+            if x is not None:
+                x.zero_() if source is None else x.copy_(source)
+        return tuple(gradients)
+    arrays = {"q": _scaled(call, q), "k": k, "v": v, "log_g": log_g, "s0": s0, "z0": z0, "y": y, "norm": norm.contiguous()}
+    arrays |= {"dy": dy.to(v.dtype), "ds": ds, "dz": dz}
+    arrays |= dict(zip(("dq", "dk", "dv", "dlog_g", "ds0", "dz0"), gradients, strict=True))
+    library.run("chunked_backward", call, arrays)
+    return tuple(gradients)
+
+
+def _maker(like: Tensor) -> Any:
+    def make(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=like.device)
+
+    return make
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.float().contiguous() for x in tensors]
+
+
+def _empty(call: spec.PowerCall) -> bool:
+    return 0 in (call.b, call.t, call.h_q, call.d, call.e)
+
+
+def _scaled(call: spec.PowerCall, q: Tensor) -> Tensor:
+    """q, or zeros for scale = 0, which a normalised row would otherwise not notice."""
+    return q if call.scale else torch.zeros_like(q)
+
+
+def _missing() -> str | None:
+    """Why the kernel library cannot be used; None when it can."""
+    try:
+        library.load()
+    except ImportError as error:
+        return str(error)
+    return None
