@@ -2,14 +2,16 @@
 
 Two shared libraries come out:
 
-    torch_power/lib/libpower_kernels.so   the kernels behind csrc/abi.h, without a torch symbol: C++ for CPU threads (one object
-                                          for each instruction set and arithmetic) and, where nvcc is, csrc/inst/*.cu for sm_90a
-    torch_power/_C.abi3.so                their PyTorch operators, on torch's stable ABI: one wheel for Python ≥ 3.11, torch ≥ 2.11
+    torch_power/lib/libpower_kernels.so   The kernels behind csrc/abi.h, without a torch symbol: C++ for CPU threads (one
+                                          object for each instruction set and arithmetic) and, where nvcc is,
+                                          csrc/inst/*.cu for sm_90a.
+    torch_power/_C.abi3.so                Their PyTorch operators, on torch's stable ABI: one wheel for Python ≥ 3.11
+                                          and torch ≥ 2.11.
 
-Without torch or without a C++ compiler the package installs as pure Python; without nvcc it has CPU operators only. Each is said
-in one line. Objects are kept in build/objects with a record of the command and the files they were made from, so that a second
-build compiles only what changed. The report of ptxas on every .cu is kept beside its object, and the build fails when a kernel
-spills registers and csrc/spills.toml does not allow it.
+Without torch or without a C++ compiler the package installs as pure Python; without nvcc it has CPU operators only.
+Each is said in one line. Objects are kept in build/objects with a record of the command and the files they were made
+from, so that a second build compiles only what changed. The report of ptxas on every .cu is kept beside its object,
+and the build fails when a kernel spills registers and csrc/spills.toml does not allow it.
 
 Environment:
     POWER_BUILD=0      install pure Python even where the library could be built
@@ -44,7 +46,7 @@ OBJECTS = pathlib.Path("build/objects")
 KERNELS = "libpower_kernels.so"
 SANITIZE = os.environ.get("POWER_SANITIZE") == "1"
 
-# torch 2.11, the oldest supported: headers offer nothing newer, and what is compiled loads there and on every later one.
+# torch 2.11, the oldest supported: headers offer nothing newer, and what is compiled loads there and on later ones.
 TORCH_TARGET = "0x020b000000000000"
 
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -193,9 +195,7 @@ def check_spills(compilations: list[Compilation]) -> None:
         if not any(re.fullmatch(pattern, kernel) and size <= most for pattern, most in limits.items())
     ]  # fmt: skip
     if over:
-        raise RuntimeError(
-            "kernels spill registers that torch_power/csrc/spills.toml does not allow:\n" + "\n".join(over)
-        )
+        raise RuntimeError("kernels spill registers that torch_power/csrc/spills.toml does not allow:\n" + "\n".join(over))
 
 
 def link(cxx: str, objects: list[Compilation], output: pathlib.Path, arguments: list[str]) -> None:
@@ -247,9 +247,7 @@ class BuildLibrary(build_ext):
     @staticmethod
     def cuda_arguments(nvcc: str) -> list[str]:
         home = pathlib.Path(nvcc).resolve().parent.parent
-        folders = [
-            home / x for x in ("lib64", "lib", "targets/x86_64-linux/lib") if (home / x / "libcudart_static.a").exists()
-        ]
+        folders = [home / x for x in ("lib64", "lib", "targets/x86_64-linux/lib") if (home / x / "libcudart_static.a").exists()]
         return [*(f"-L{x}" for x in folders), "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
 
 

@@ -1,7 +1,7 @@
 """The compiled library: where it is, and why not when it is not.
 
-`_C.abi3.so` registers the C++ operators `torch.ops.torch_power.*_cpp`; it links `lib/libpower_kernels.so`, the kernels behind
-`csrc/abi.h`, which needs no torch and may be loaded on its own (through ctypes or `jax.ffi`).
+`_C.abi3.so` registers the C++ operators `torch.ops.torch_power.*_cpp`; it links `lib/libpower_kernels.so`, the kernels
+behind `csrc/abi.h`, which needs no torch and may be loaded on its own (through ctypes or `jax.ffi`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FOLDER = pathlib.Path(__file__).resolve().parent
 
 
 def kernels_path() -> pathlib.Path:
-    """The kernel library: the file that POWER_KERNELS names, or the one installed with the package (which may not exist)."""
+    """The kernel library: the file that POWER_KERNELS names, or the installed one (which may not exist)."""
     return pathlib.Path(os.environ.get("POWER_KERNELS") or _FOLDER / "lib" / "libpower_kernels.so")
 
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from bridge import spec
-from torch_power import eager
+from torch_power import cpp, eager
 
 # Best first: the first that supports a call serves it unless one is named.
 POWER: dict[str, spec.Implementation] = {
+    "cpp": spec.Implementation(cpp.power.forward, cpp.power.backward, cpp.power.supports, cpp.power.plan),
     "eager": spec.Implementation(eager.power.forward, eager.power.backward, eager.power.supports),
 }
 

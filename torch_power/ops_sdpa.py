@@ -17,10 +17,12 @@ from torch import Tensor
 
 from bridge import spec
 from bridge.spec_sdpa import SdpaCall
+from torch_power import cpp
 from torch_power.eager import sdpa, sdpa_reference
 
 # Best first: the first that supports a call serves it unless one is named.
 SDPA: dict[str, spec.Implementation] = {
+    "cpp": spec.Implementation(cpp.sdpa.forward, cpp.sdpa.backward, cpp.sdpa.supports),
     "eager": spec.Implementation(sdpa.forward, sdpa.backward, sdpa.supports),
     "reference": spec.Implementation(sdpa_reference.forward, sdpa_reference.backward, sdpa_reference.supports),
 }

@@ -1,10 +1,13 @@
 """Power attention on CPU threads: the C++ operators behind the interface every implementation has.
 
-float32, bfloat16 and float16 are computed in float32, float64 in float64; y and norm come in that dtype. The attention form has
-no state in C++: with one, the chunked form computes the same sums.
+float32, bfloat16 and float16 are computed in float32, float64 in float64; y and norm come in that dtype. The attention
+form has no state in C++: with one, the chunked form computes the same sums. The recurrent form is the recurrence for a
+single token and the chunked form for more.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -21,6 +24,23 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
     if device != "cpu":
         return f"it runs on the CPU, the inputs are on {device}; implementation='cuda' or 'eager' would work"
     return _library.missing()
+
+
+def plan(call: spec.PowerCall) -> spec.PowerCall:
+    """Choose the form, where that was left open, by what the C++ operators spend, forward and backward together.
+
+    Multiply-adds a token and query head: 7 products of depth 64 or so with half of t keys in the attention form, 7 with
+    the state's D rows in the chunked one (both run at the same rate), which makes them equal near t = 4700 at d = e = 64,
+    p = 2. The chunk length is left alone: C++ never holds more than 192 tokens of one.
+    """
+    if not call.auto_form or call.has_state or call.return_state or call.form == "recurrent":
+        return call
+    if call.deg not in spec.POWER_TILE or call.d % spec.POWER_TILE[call.deg]:
+        return call
+    rows = spec.state_rows(call.d, call.deg)
+    attention = 7 * (call.d + call.e) * call.t * call.t_kv * (0.25 if call.causal else 0.5)
+    chunked = 7 * rows * (call.e + 1) * (call.t + call.t_kv) / 2
+    return dataclasses.replace(call, form="chunked" if chunked < attention else "attention")
 
 
 def forward(

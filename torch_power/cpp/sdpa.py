@@ -23,7 +23,7 @@ def supports(call: SdpaCall, device: str) -> str | None:
 def forward(
     call: SdpaCall, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """out `[b, h_q, t, e]` in the compute dtype, stored `[b, t, h_q, e]`, and the log-sum-exp of every row `[b, h_q, t]`."""
+    """out `[b, h_q, t, e]` in the compute dtype, stored `[b, t, h_q, e]`, and every row's log-sum-exp `[b, h_q, t]`."""
     options = call.causal, call.scale, call.dropout_p
     return torch.ops.torch_power.sdpa_forward_cpp(q, k, v, _wide(call, bias), mask, seed, *options)
 
