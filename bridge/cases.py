@@ -61,7 +61,7 @@ class Case:
         return {name: getattr(self, name) for name in ("deg", "scale", "causal", "normalize", "return_state")}
 
     def make(self, dtype: str, seed: int = 0) -> dict[str, np.ndarray]:
-        """Inputs `q k v [log_g] [s0 z0]` and upstream gradients `dy [ds dz]`: q, k, v, dy in `dtype`, the rest float32 or 64."""
+        """Inputs `q k v [log_g] [s0 z0]`, upstream gradients `dy [ds dz]`: q, k, v, dy in `dtype`, the rest float32 or 64."""
         rng = np.random.default_rng([seed, *self.name.encode()])
         t_kv = self.t if self.t_kv is None else self.t_kv
         low, high = NUMPY_DTYPES[dtype], NUMPY_DTYPES["float64" if dtype == "float64" else "float32"]
@@ -94,8 +94,8 @@ class Case:
         options = self.options()
         want = oracle.power(*qkvg, **options, initial_state=state)._asdict()
         del options["return_state"]
-        upstream = {name: arrays.get(name) for name in ("dy", "ds", "dz")}
-        want |= oracle.power_grads(*qkvg, **options, **upstream, initial_state=state)._asdict()
+        upstream = [arrays.get(name) for name in ("dy", "ds", "dz")]
+        want |= oracle.power_grads(*qkvg, *upstream, **options, initial_state=state)._asdict()
         return {name: x for name, x in want.items() if x is not None}
 
 
@@ -163,7 +163,7 @@ _STATE = ("s", "z", "ds0", "dz0")
 def bounds(dtype: str, implementation: str, case: Case | None = None) -> dict[str, float]:
     """Relative L2 bound of every output and gradient, by name: the table of the contract's section 6.
 
-    A gradient with respect to the initial state is held to the bound of dq, dk, dv (it is one more operand of the same products).
+    Gradients with respect to the initial state are held to the bound of dq, dk, dv (it is an operand of the same products).
     """
     y, grads, gate, state = _bound_row(dtype, fused=implementation in FUSED)
     if case is not None and case.gates == "mixed" and dtype == "float32":
@@ -188,8 +188,8 @@ def relative_error(got: Any, want: np.ndarray, floor: float = 0.0) -> float:
     got, want = np.asarray(got).astype(np.float64), np.asarray(want, np.float64)
     if got.shape != want.shape or not np.isfinite(got).all():
         return float("inf")
-    difference, size = np.linalg.norm(got - want), max(np.linalg.norm(want), floor)
-    return float(difference / size) if size else (0.0 if difference == 0 else float("inf"))
+    difference, size = float(np.linalg.norm(got - want)), max(float(np.linalg.norm(want)), floor)
+    return difference / size if size else (0.0 if difference == 0 else float("inf"))
 
 
 def errors(got: Mapping[str, Any], want: Mapping[str, np.ndarray], case: Case, dy: np.ndarray) -> dict[str, float]:

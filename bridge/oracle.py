@@ -157,11 +157,11 @@ def power_grads(
     q: Any,
     k: Any,
     v: Any,
-    log_g: Any = None,
-    *,
+    log_g: Any,
     dy: Any,
     ds: Any = None,
     dz: Any = None,
+    *,
     deg: int = 2,
     scale: float | None = None,
     causal: bool = True,
@@ -180,7 +180,7 @@ def power_grads(
     )  # fmt: skip
     s0, z0 = initial_state or (None, None)
     q, k, v, log_g, s0, z0, dy, ds, dz = _as_float64(q, k, v, log_g, s0, z0, dy, ds, dz)
-    zeros = [None if x is None else np.zeros_like(x) for x in (q, k, v, log_g, s0, z0)]
+    zeros: list[Any] = [None if x is None else np.zeros_like(x) for x in (q, k, v, log_g, s0, z0)]
     dq, dk, dv, dlog_g, ds0, dz0 = zeros
     for b, h in np.ndindex(call.b, call.h_q):
         kv = h // call.group

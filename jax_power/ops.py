@@ -48,7 +48,8 @@ def power_attention(
 
 def _forward(call: spec.PowerCall, implementation: str, *arrays: Array | None) -> tuple[Any, Residuals]:
     y, norm, s, z = POWER[implementation].forward(call, *arrays)
-    return (y, s, z), Residuals(*arrays, y, norm)
+    q, k, v, log_g, s0, z0 = arrays
+    return (y, s, z), Residuals(q, k, v, log_g, s0, z0, y, norm)
 
 
 def _backward(call: spec.PowerCall, implementation: str, residuals: Residuals, grads: Any) -> tuple[Array | None, ...]:

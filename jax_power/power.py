@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ def power_attention(
       TypeError, ValueError: an argument is outside what the formula allows (the message names it).
       NotImplementedError: no implementation asked for can serve this call (the message gives each one's reason).
     """
-    q, k, v, log_g = _from_numpy(q, k, v, log_g)
+    q, k, v, log_g = map(_from_numpy, (q, k, v, log_g))
     call = spec.check_power(
         q, k, v, log_g, deg=deg, scale=scale, causal=causal, normalize=normalize, form=form, chunk_size=chunk_size,
         initial_state=initial_state, return_state=return_state,
@@ -117,7 +117,7 @@ def power_attention(
     s0, z0 = (None, None) if initial_state is None else initial_state
     y, s, z = ops.power_attention(call, name, q, k, v, log_g, s0, z0)
     y = y.astype(v.dtype)
-    return (y, PowerState(s, z)) if return_state else y
+    return y if s is None or z is None else (y, PowerState(s, z))
 
 
 def power_step(
@@ -169,6 +169,6 @@ def sympow(x: Float[Array, "... d"], deg: int) -> Float[Array, "... D"]:
     return features.sympow(x, deg)
 
 
-def _from_numpy(*arrays: Array | None) -> Sequence[Array | None]:
-    """NumPy arrays as JAX arrays (64-bit ones become 32-bit unless JAX is told otherwise); the rest as they are."""
-    return [jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in arrays]
+def _from_numpy(x: Any) -> Any:
+    """A NumPy array as a JAX array (a 64-bit one becomes 32-bit unless JAX is told otherwise); anything else as it is."""
+    return jnp.asarray(x) if isinstance(x, np.ndarray) else x

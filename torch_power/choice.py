@@ -8,7 +8,6 @@ from bridge import spec
 from torch_power import ops, ops_sdpa
 
 
-
 class _Choice(spec.Choice):
     """`spec.Choice`, whose block `torch.compile` reads once, while tracing (it cannot trace a context variable)."""
 

@@ -117,7 +117,7 @@ def power_attention_backward(
 
 @torch.library.register_fake("torch_power::power_attention_backward")
 def _(q, k, v, log_g, s0, z0, y, norm, dy, ds, dz, *options):
-    def like(x):
+    def like(x: Tensor | None) -> Tensor:
         return norm.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
 
     return tuple(like(x) for x in (q, k, v, log_g, s0, z0))
@@ -174,11 +174,10 @@ class PowerAttention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *arrays, ctx.return_state = *inputs[:6], inputs[12]
-        ctx.options = inputs[6:]
+        ctx.options, ctx.return_state = inputs[6:], inputs[12]
         y, norm, s, z = output
         ctx.mark_non_differentiable(norm, *(() if ctx.return_state else (s, z)))
-        ctx.save_for_backward(*arrays, y, norm)
+        ctx.save_for_backward(*inputs[:6], y, norm)
 
     @staticmethod
     def backward(ctx, dy, _, ds, dz):

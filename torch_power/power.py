@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from jaxtyping import Float
@@ -105,7 +105,7 @@ def power_attention(
       TypeError, ValueError: an argument is outside what the formula allows (the message names it).
       NotImplementedError: no implementation asked for can serve this call (the message gives each one's reason).
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = map(_autocast, (q, k, v))
     call = spec.check_power(
         q, k, v, log_g, deg=deg, scale=scale, causal=causal, normalize=normalize, form=form, chunk_size=chunk_size,
         initial_state=initial_state, return_state=return_state,
@@ -170,9 +170,8 @@ def sympow(x: Float[Tensor, "... d"], deg: int) -> Float[Tensor, "... D"]:
     return features.sympow(x, deg)
 
 
-def _autocast(*arrays: Tensor) -> Sequence[Tensor]:
-    """Under `torch.autocast`, float32 arrays in the autocast dtype, as for PyTorch's own attention; else as they are."""
-    if not isinstance(arrays[0], Tensor) or not torch.is_autocast_enabled(arrays[0].device.type):
-        return arrays
-    dtype = torch.get_autocast_dtype(arrays[0].device.type)
-    return [x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in arrays]
+def _autocast(x: Any) -> Any:
+    """Under `torch.autocast`, a float32 tensor in the autocast dtype, as for PyTorch's own attention; else `x` as it is."""
+    if not isinstance(x, Tensor) or x.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))

@@ -100,9 +100,9 @@ def _add_pairs(a_high: Array, a_low: Array, b_high: Array, b_low: Array) -> tupl
 
 
 def decay_between(
-    later: tuple[Float[Array, "..."], Float[Array, "..."]],
-    earlier: tuple[Float[Array, "..."], Float[Array, "..."]],
-    mask: Bool[Array, "..."] | None = None,
+    later: tuple[Float[Array, "..."], ...],
+    earlier: tuple[Float[Array, "..."], ...],
+    mask: Bool[Array | np.ndarray, "..."] | None = None,
 ) -> Float[Array, "..."]:
     """exp(G_later − G_earlier) of two sums of gates given as pairs, 0 where `mask` is false; at most 1 when gates forget."""
     exponent = (later[0] - earlier[0]) + (later[1] - earlier[1])

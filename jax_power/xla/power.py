@@ -1,8 +1,8 @@
 """Power attention in plain XLA: any device, any floating dtype, any degree. Memory is linear in t.
 
-Inside, arrays are laid out chunk first, then heads, queries grouped by the key-value head they read: q [n, b, h_kv, group, c, d],
-k [n, b, h_kv, c, d], and v1 = [v 1] [n, b, h_kv, c, e + 1], whose last column makes the normaliser one more value. A state is
-[b, h_kv, D, e + 1], z its last column. All arithmetic is in `call.compute_dtype`. The last chunk is filled up with zeros,
+Inside, arrays are laid out chunk first, then heads, queries grouped by the key-value head they read:
+q [n, b, h_kv, group, c, d], k [n, b, h_kv, c, d], and v1 = [v 1] [n, b, h_kv, c, e + 1], whose last column makes the
+normaliser one more value. A state is [b, h_kv, D, e + 1], z its last column. All arithmetic is in `call.compute_dtype`. The last chunk is filled up with zeros,
 whose weights are 0 (p ≥ 1) and whose gates are 1.
 
 The attention form adds the quadratic sum block by block; the chunked form does so inside chunks only, and lets a state
@@ -38,7 +38,7 @@ class Chunk(NamedTuple):
     q: Array
     k: Array
     v1: Array
-    gates: tuple[Array, Array] | None
+    gates: tuple[Array, ...] | None
     of_rows: Array | None
     of_keys: Array | None
     across: Array | None
@@ -162,7 +162,7 @@ def _operands(
     return Operands(Chunk(q * scale[0] * scale[1], k, v1, *gates), scale, state)
 
 
-def _gates(call: spec.PowerCall, log_g: Array) -> tuple[tuple[Array, Array], Array, Array, Array]:
+def _gates(call: spec.PowerCall, log_g: Array) -> tuple[tuple[Array, ...], Array, Array, Array]:
     """The last four fields of `Chunk` for all chunks, from gates `[b, h_kv, t]`."""
     padded = _chunk(call, log_g, 2)
     flat = jnp.moveaxis(padded, 0, 2).reshape(*log_g.shape[:2], -1)
@@ -199,7 +199,7 @@ def _rows(x: Array) -> Array:
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], x.shape[4])
 
 
-def _grouped(x: Array, group: tuple[int, int]) -> Array:
+def _grouped(x: Array, group: tuple[int, ...]) -> Array:
     """The inverse of `_rows`."""
     return x.reshape(*x.shape[:2], *group, x.shape[-1])
 
@@ -255,7 +255,7 @@ def _attend(call: spec.PowerCall, q: Array, k: Array, v1: Array, decay: Array | 
 def _attend_backward(
     call: spec.PowerCall, q: Array, k: Array, v1: Array, decay: Array | None, dsums: Array
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """dq, dk, dv1 of `_attend`, and Σ over keys and over queries of weight · dweight (`[b, h_kv, c]`, queries of a group summed).
+    """dq, dk, dv1 of `_attend`, and Σ over keys and over queries of weight · dweight (`[b, h_kv, c]`, the group summed).
 
     On a diagonal block (decay given) the sums leave out j = i, on which no gate acts: it would cancel, but for its rounding.
     """
@@ -304,11 +304,11 @@ def _with_multiplicity(call: spec.PowerCall, state: Array) -> Array:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _block_pairs(call: spec.PowerCall, x: Operands) -> tuple[np.ndarray, np.ndarray]:
+def _block_pairs(call: spec.PowerCall, x: Operands) -> tuple[Array, ...]:
     """Pairs (block of queries, block of keys) with no mask inside: those below the diagonal, or all."""
     shape = x.chunks.q.shape[0], x.chunks.k.shape[0]
     rows, keys = np.nonzero(np.tri(*shape, -1)) if call.causal else np.nonzero(np.ones(shape))
-    return rows.astype(np.int32), keys.astype(np.int32)
+    return jnp.asarray(rows, jnp.int32), jnp.asarray(keys, jnp.int32)
 
 
 def _pair_operands(x: Operands, i: Array, j: Array) -> tuple[Array, Array, Array, Array | None, Array | None]:
@@ -348,7 +348,7 @@ def _forward_attention(call: spec.PowerCall, x: Operands) -> tuple[Array, Array 
             sums += _decayed(_from_start(chunk), _query_state(call, chunk.q, x.state))
         return None, sums
 
-    def below(sums: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
+    def below(sums: Array, pair: tuple[Array, ...]) -> tuple[Array, None]:
         q, k, v1, of_rows, of_keys = _pair_operands(x, *pair)
         return sums.at[pair[0]].add(_decayed(of_rows, _attend(call, q, k, _decayed(of_keys, v1), None))), None
 
@@ -376,7 +376,8 @@ def _initial_state(call: spec.PowerCall, x: Operands) -> Array:
 
 
 def _backward_attention(call: spec.PowerCall, x: Operands, dsums: Array, dstate: Array | None) -> tuple[Array | None, ...]:
-    dstate0, carry, prefix = None, 0.0, None
+    dstate0, prefix = None, None
+    carry: Array | float = 0.0
 
     def diagonal(dstate0: Array | None, inputs: tuple[Chunk, Array]) -> tuple[Array | None, tuple[Array, ...]]:
         chunk, drows = inputs
@@ -386,7 +387,7 @@ def _backward_attention(call: spec.PowerCall, x: Operands, dsums: Array, dstate:
             dq, dstate0, received = dq + dq_state, dstate0 + added, received + from_state
         return dstate0, (dq, dk, dv1, received - given)
 
-    def below(grads: tuple[Array, ...], pair: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
+    def below(grads: tuple[Array, ...], pair: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
         i, j = pair
         q, k, v1, of_rows, of_keys = _pair_operands(x, i, j)
         parts = _attend_backward(call, q, k, _decayed(of_keys, v1), None, _decayed(of_rows, dsums[i]))

@@ -96,8 +96,8 @@ def _add_pairs(a_high: Tensor, a_low: Tensor, b_high: Tensor, b_low: Tensor) -> 
 
 
 def decay_between(
-    later: tuple[Float[Tensor, "..."], Float[Tensor, "..."]],
-    earlier: tuple[Float[Tensor, "..."], Float[Tensor, "..."]],
+    later: tuple[Float[Tensor, "..."], ...],
+    earlier: tuple[Float[Tensor, "..."], ...],
     mask: Bool[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "..."]:
     """exp(G_later − G_earlier) of two sums of gates given as pairs, 0 where `mask` is false; at most 1 when gates forget."""

@@ -201,7 +201,7 @@ def _attend(call: spec.PowerCall, q: Tensor, k: Tensor, v1: Tensor, decay: Tenso
 def _attend_backward(
     call: spec.PowerCall, q: Tensor, k: Tensor, v1: Tensor, decay: Tensor | None, dsums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv1 of `_attend`, and Σ over keys and over queries of weight · dweight (`[b, h_kv, c]`, queries of a group summed).
+    """dq, dk, dv1 of `_attend`, and Σ over keys and over queries of weight · dweight (`[b, h_kv, c]`, the group summed).
 
     On a diagonal block (decay given) the sums leave out j = i, on which no gate acts: it would cancel, but for its rounding.
     """
@@ -287,7 +287,8 @@ def _final_state(call: spec.PowerCall, x: Operands) -> Tensor:
 def _backward_attention(call: spec.PowerCall, x: Operands, dsums: Tensor, dstate: Tensor | None) -> tuple[Tensor, ...]:
     dq, dk, dv1 = (torch.zeros_like(part) for part in (x.q, x.k, x.v1))
     suffix, prefix = (x.k.new_zeros(call.b, call.h_kv, call.t_kv) for _ in range(2))
-    dstate0, carry = (None if x.state is None else torch.zeros_like(x.state)), 0.0
+    dstate0 = None if x.state is None else torch.zeros_like(x.state)
+    carry: Tensor | float = 0.0
     for rows in _chunks(call.t, call.chunk_size):
         q, drows = x.q[..., rows, :], dsums[..., rows, :]
         for keys in _key_chunks(call, rows):
@@ -310,10 +311,10 @@ def _backward_attention(call: spec.PowerCall, x: Operands, dsums: Tensor, dstate
             suffix[..., rows] += received
     if dstate is not None:
         for keys in _chunks(call.t_kv, call.chunk_size):
-            decay = _decay_from_keys(x, keys, call.t_kv)
-            dk_part, dv1_part, given = _update_state_backward(call, x.k[..., keys, :], decay * x.v1[..., keys, :], dstate)
+            of_keys = _decay_from_keys(x, keys, call.t_kv)
+            dk_part, dv1_part, given = _update_state_backward(call, x.k[..., keys, :], of_keys * x.v1[..., keys, :], dstate)
             dk[..., keys, :] += dk_part
-            dv1[..., keys, :] += decay * dv1_part
+            dv1[..., keys, :] += of_keys * dv1_part
             prefix[..., keys] += given
         if x.state is not None:
             decayed = _decay_across(x, 0, call.t_kv) * dstate
