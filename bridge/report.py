@@ -49,13 +49,7 @@ th:nth-child(-n+1), td:nth-child(-n+1), .text { text-align: left }
 def seconds_text(seconds: float | None) -> str:
     if seconds is None:
         return "–"
-    return (
-        f"{seconds:.2f} s"
-        if seconds >= 1
-        else f"{1e3 * seconds:.3g} ms"
-        if seconds >= 1e-3
-        else f"{1e6 * seconds:.3g} µs"
-    )
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
 
 
 def bytes_text(count: int | None) -> str:
@@ -111,11 +105,7 @@ def growth_lines(summary: Sequence[Row]) -> list[str]:
 def verdict_line(found: Mapping[str, Any]) -> str:
     verdict = found["verdict"]
     counts = ", ".join(f"{count} {status}" for status, count in verdict["counts"].items() if count)
-    return (
-        f"All hold: {counts}"
-        if verdict["holds"]
-        else f"Does not hold: {counts or 'nothing ran'}. Worst: {verdict['worst']}"
-    )
+    return f"All hold: {counts}" if verdict["holds"] else f"Does not hold: {counts or 'nothing ran'}. Worst: {verdict['worst']}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,12 +152,12 @@ def write(found: Mapping[str, Any], out: pathlib.Path) -> pathlib.Path:
     tensors {name: {error, bound, difference}}, worst, seconds, all_seconds, cpu_seconds, peak_bytes, repeatable,
     sizes}], growth {measured, summary}, notes, seconds}. Infinite numbers are the text "inf".
     """
-    _write_whole(out / "report.json", json.dumps(_plain(found), indent=1, allow_nan=False))
-    _write_whole(out / "report.html", page(found))
+    write_whole(out / "report.json", json.dumps(plain(found), indent=1, allow_nan=False))
+    write_whole(out / "report.html", page(found))
     return out / "report.html"
 
 
-def _write_whole(path: pathlib.Path, text: str) -> None:
+def write_whole(path: pathlib.Path, text: str) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(handle, "w", encoding="utf-8") as file:
@@ -179,12 +169,12 @@ def _write_whole(path: pathlib.Path, text: str) -> None:
         raise
 
 
-def _plain(x: Any) -> Any:
+def plain(x: Any) -> Any:
     """`x` in what JSON has."""
     if isinstance(x, Mapping):
-        return {str(name): _plain(value) for name, value in x.items()}
+        return {str(name): plain(value) for name, value in x.items()}
     if isinstance(x, list | tuple):
-        return [_plain(value) for value in x]
+        return [plain(value) for value in x]
     if isinstance(x, float):
         return float(x) if math.isfinite(x) else "inf"
     return x
@@ -195,9 +185,7 @@ def page(found: Mapping[str, Any]) -> str:
     environment, verdict = found["environment"], found["verdict"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     names = ", ".join(f"{twin}: {name}" for twin, name in found["device"]["names"].items())
-    digests = (
-        ", ".join(f"{name} {digest}" for name, digest in found["inputs"]["digests"].items()) or "random numbers only"
-    )
+    digests = ", ".join(f"{name} {digest}" for name, digest in found["inputs"]["digests"].items()) or "random numbers only"
     facts = (
         ("Inputs", found["inputs"]["source"]),
         ("SHA-256 of the given inputs", digests),
@@ -240,9 +228,7 @@ def _list(items: Any) -> str:
 def _html_table(rows: Sequence[Row]) -> str:
     head = "".join(f"<th>{html.escape(column)}</th>" for column in COLUMNS)
     body = "".join(
-        f"<tr class='{row['status'].replace(' ', '-')}'>"
-        + "".join(f"<td>{html.escape(x)}</td>" for x in cells(row))
-        + "</tr>"
+        f"<tr class='{row['status'].replace(' ', '-')}'>" + "".join(f"<td>{html.escape(x)}</td>" for x in cells(row)) + "</tr>"
         for row in rows
     )
     return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"

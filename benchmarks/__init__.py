@@ -1,0 +1,1 @@
+"""Who is how fast: contestants (registry.py), one runner that times only right results (run.py), plots (plot.py)."""
