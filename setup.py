@@ -169,7 +169,7 @@ def cuda_compilations(nvcc: str) -> list[Compilation]:
 def torch_compilations(cxx: str) -> list[Compilation]:
     from torch.utils.cpp_extension import include_paths
 
-    includes = [f"-isystem{path}" for path in include_paths()]
+    includes = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DUSE_CUDA"]
     return [
         Compilation(source, OBJECTS / f"{source.stem}.o", (cxx, *CXX_FLAGS, *defines, *includes), CXX_GIGABYTES)

@@ -1,13 +1,15 @@
 """The compiled library: where it is, and why not when it is not.
 
-`_C.abi3.so` registers the C++ operators `torch.ops.torch_power.*_cpp`; it links `lib/libpower_kernels.so`, the kernels
-behind `csrc/abi.h`, which needs no torch and may be loaded on its own (through ctypes or `jax.ffi`).
+Importing `torch_power._C` registers the C++ operators `torch.ops.torch_power.*_cpp`; it links
+`lib/libpower_kernels.so`, the kernels behind `csrc/abi.h`, which needs no torch and may be loaded on its own (through
+ctypes or `jax.ffi`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import os
 import pathlib
 
@@ -24,14 +26,14 @@ def kernels_path() -> pathlib.Path:
 
 
 @functools.cache
+@torch.compiler.assume_constant_result  # torch.compile cannot look at files
 def missing() -> str | None:
     """Load the operators, once. None when they are there, else the reason why not and how to get them."""
-    path = _FOLDER / "_C.abi3.so"
-    if not path.exists():
+    if not (_FOLDER / "_C.abi3.so").exists():
         return f"the compiled library is not installed; {HOW_TO_BUILD}"
     try:
-        torch.ops.load_library(path)
-    except OSError as error:
+        importlib.import_module("torch_power._C")
+    except ImportError as error:
         return f"the compiled library does not load ({error}); {HOW_TO_BUILD}"
     return None
 
