@@ -22,6 +22,16 @@ flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=F
 SUFFIXES = (".svg", ".png", ".pdf")
 
 
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(result, dict) or not result.get("rows") or "device" not in result:
+        raise ValueError(f"{path}: not a result of benchmarks.run")
+    return result
+
+
 def draw(results: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Milliseconds against t, both logarithmic, for results by file name. Ours are drawn solid, the others dashed."""
     figure = Figure(figsize=(8, 5))
@@ -61,12 +71,12 @@ def main(argv: Sequence[str]) -> int:
             return 0
         if not files:
             raise ValueError("expected result files")
-        results = {path.stem: json.loads(path.read_text()) for path in map(pathlib.Path, files)}
+        results = {path.stem: _read(path) for path in map(pathlib.Path, files)}
         out = pathlib.Path(FLAGS.out or pathlib.Path(files[0]).with_suffix(".svg"))
         if out.suffix not in SUFFIXES:
             raise ValueError(f"--out={out}: expected a name ending in {', '.join(SUFFIXES)}")
         draw(results).savefig(out, bbox_inches="tight")
-    except (flags.Error, OSError, ValueError, KeyError, StopIteration) as error:
+    except (flags.Error, OSError, ValueError) as error:
         print(f"plot: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(out)

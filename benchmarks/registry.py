@@ -249,10 +249,22 @@ def _retention(backend: str, shape: Shape) -> Callable[..., Any]:
     return call
 
 
+def device_names(device: str) -> dict[str, str]:
+    """What each installed framework that sees `device` calls it, by framework."""
+    names = {}
+    for twin in twins.present():
+        try:
+            names[twin.framework] = measure.describe(twin.name, device)["device"]
+        except ValueError:
+            continue
+    return names
+
+
 def contestants(device: str) -> tuple[Contestant, ...]:
-    """Everyone who can be called here on `device`, by registry order."""
+    """Everyone who can be called here on `device`, in registry order."""
     ours = [contestant for twin in twins.present() for contestant in _ours(twin)]
-    return tuple(x for x in (*ours, *_frameworks(), *_peers()) if device in x.devices)
+    seen = device_names(device)
+    return tuple(x for x in (*ours, *_frameworks(), *_peers()) if device in x.devices and x.framework in seen)
 
 
 def select(everyone: Sequence[Contestant], patterns: Sequence[str]) -> tuple[Contestant, ...]:

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import exact, registry
-from bridge import cases, measure, report, spec, twins
+from bridge import cases, measure, report, spec
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("t", ["1024", "4096"], "sequence lengths", flag_values=FLAGS)
@@ -207,9 +207,9 @@ def parse(argv: Sequence[str]) -> tuple[list[registry.Shape], tuple[registry.Con
         raise UsageError(f"--deg={FLAGS.deg}: expected an even degree")
     if FLAGS.out is not None and not os.access(pathlib.Path(FLAGS.out).absolute().parent, os.W_OK):
         raise UsageError(f"--out={FLAGS.out}: its folder is missing or cannot be written")
-    if FLAGS.device == "cuda" and not has_cuda():
-        raise UsageError("--device=cuda: no framework here sees a GPU")
     everyone = registry.contestants(FLAGS.device)
+    if not everyone:
+        raise UsageError(f"--device={FLAGS.device}: no framework here sees one")
     try:
         chosen = registry.select(everyone, FLAGS.contestants)
         if FLAGS.base is not None:
@@ -218,17 +218,6 @@ def parse(argv: Sequence[str]) -> tuple[list[registry.Shape], tuple[registry.Con
         raise UsageError(f"--{error}") from error
     shapes = [registry.Shape(t, FLAGS.b, FLAGS.h, h_kv, FLAGS.d, FLAGS.d, FLAGS.deg, FLAGS.dtype, FLAGS.gates) for t in lengths]
     return shapes, chosen
-
-
-def has_cuda() -> bool:
-    """Whether either framework sees a GPU."""
-    for twin in twins.present():
-        try:
-            measure.describe(twin.name, "cuda")
-        except ValueError:
-            continue
-        return True
-    return False
 
 
 def commit() -> str | None:
@@ -278,12 +267,10 @@ def main(argv: Sequence[str]) -> int:
         show(found, FLAGS.base, console)
         rows += found
     if FLAGS.out is not None:
-        names = {entrant.framework: f"{entrant.framework}_power" for entrant in entrants}
-        devices = {framework: measure.describe(name, FLAGS.device)["device"] for framework, name in names.items()}
         result = {
             "schema": 1, "argv": list(argv[1:]), "commit": commit(),
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-             "device": {"kind": FLAGS.device, "names": devices},
+             "device": {"kind": FLAGS.device, "names": registry.device_names(FLAGS.device)},
             "environment": measure.environment(), "base": FLAGS.base, "rows": rows,
         }  # fmt: skip
         report.write_whole(pathlib.Path(FLAGS.out), json.dumps(report.plain(result), indent=1, allow_nan=False) + "\n")
