@@ -88,7 +88,8 @@ class Compilation:
         """Whether the object exists and was made by this very command from files that have not changed since."""
         try:
             record = json.loads(self.record.read_text())
-            return record["command"] == list(self.command) and record["inputs"] == _digests(record["inputs"])
+            same_command = record["command"] == list(self.command)
+            return self.output.exists() and same_command and record["inputs"] == _digests(record["inputs"])
         except (OSError, ValueError, KeyError):
             return False
 
