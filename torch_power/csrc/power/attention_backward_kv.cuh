@@ -35,6 +35,7 @@ struct BackwardKvSmem {
   T q[kStages][kRows * kD];
   T dy[kStages][kRows * kD];
   Record records[kStages];
+  Dealer dealer;
   Barrier kv_full[2][kBackwardGroups], kv_empty[2][kBackwardGroups];
   Barrier q_full[kStages], q_empty[kStages];
 };
@@ -44,16 +45,16 @@ __device__ __forceinline__ void backward_kv_produce(BackwardKvSmem<T, kD, kGates
                                                     const CUtensorMap *v_map, const CUtensorMap *dy_map, const BackwardKvProblem &p) {
   using Record = typename BackwardKvSmem<T, kD, kGates>::Record;
   constexpr int kStages = kQueryStages<kD>, kBlockRows = kBackwardGroups * kRows;
-  const int tiles = (p.t_kv + kBlockRows - 1) / kBlockRows, items = tiles * p.h_kv * p.b, row_tiles = (p.t_q + kRows - 1) / kRows;
+  const int row_tiles = (p.t_q + kRows - 1) / kRows;
   const int heads = p.h_q / p.h_kv;
   RingPosition<2> seat;
   RingPosition<kStages> ring;
-  for (int round = 0, index; (index = item_index(round)) < items; ++round) {
-    const Item item(index, tiles, p.h_kv, p.b, p.group_heads, false);
+  int index = blockIdx.x;
+  for (Item item; (item = smem.dealer.deal(seat, smem.kv_empty, p.deck, index)).tile >= 0; seat.advance()) {
     const int first = item.tile * kBlockRows;
+#pragma unroll 1
     for (int g = 0; g < kBackwardGroups; ++g) {
       Barrier &full = smem.kv_full[seat.slot][g];
-      smem.kv_empty[seat.slot][g].wait(seat.parity ^ 1);
       if (first + g * kRows < p.t_kv) {
         full.expect(2 * kRows * kD * sizeof(T));
         load_tile<kD>(smem.k[seat.slot][g], k_map, kRows, first + g * kRows, item.head, item.batch, full);
@@ -62,9 +63,10 @@ __device__ __forceinline__ void backward_kv_produce(BackwardKvSmem<T, kD, kGates
         full.arrive();  // no rows; the barriers of all warpgroups stay in the same phase
       }
     }
-    seat.advance();
+#pragma unroll 1
     for (int head = item.head * heads; head < (item.head + 1) * heads; ++head) {
       const Record *records = static_cast<const Record *>(p.records) + int64_t(item.batch * p.h_q + head) * row_tiles;
+#pragma unroll 1
       for (int m = p.causal ? first / kRows : 0; m < row_tiles; ++m, ring.advance()) {
         Barrier &full = smem.q_full[ring.slot];
         smem.q_empty[ring.slot].wait(ring.parity ^ 1);
@@ -77,12 +79,20 @@ __device__ __forceinline__ void backward_kv_produce(BackwardKvSmem<T, kD, kGates
   }
 }
 
-/* The gates of this thread's two keys: g_j, exp(rest_j)^(1/p), and H at the end of their block. */
+/* The gates of this thread's two keys: g_j, exp(rest_j)^(1/p), and H at the end of their block. Loaded anew for every tile (from the
+ * first-level cache): kept, they would be the registers that d = 128 lacks. */
 struct KeyGates {
   float sum[2], rest[2], end[2];
-  __device__ __forceinline__ void load(const GateRecord &record, const Fragment &at) {
+  __device__ __forceinline__ KeyGates(const GateRecord *record, const Fragment &at) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) sum[r] = record.sum[at.row + 8 * r], rest[r] = record.rest[at.row + 8 * r], end[r] = record.end[r];
+    for (int r = 0; r < 2; ++r)
+      sum[r] = load(&record->sum[at.row + 8 * r]), rest[r] = load(&record->rest[at.row + 8 * r]), end[r] = load(&record->end[r]);
+  }
+  /* A load that the compiler does not move out of the loop. */
+  static __device__ __forceinline__ float load(const float *address) {
+    float x;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(address));
+    return x;
   }
 };
 
@@ -118,10 +128,12 @@ __device__ __forceinline__ Packing choose_packing(const Problem &p, int batch, i
 template <typename T, int kDeg, bool kGates, bool kEdge, typename Record>
 __device__ __forceinline__ void differentiate_columns(const float (&score)[kRows / 2], const float (&dweight)[kRows / 2],
                                                       uint32_t (&weight)[kRows / 16][4], uint32_t (&dscore)[kRows / 16][4],
-                                                      float (&column_sum)[2], const Record &record, const KeyGates &gates,
+                                                      float (&column_sum)[2], const Record &record, const GateRecord *key_record,
                                                       const Fragment &at, int first_key, const Packing &packing) {
-  float decay[2] = {1.f, 1.f};
-  if constexpr (kGates && !kEdge) {
+  float decay[2] = {1.f, 1.f}, key_sum[2] = {0.f, 0.f};
+  if constexpr (kGates) {
+    const KeyGates gates(key_record, at);
+    key_sum[0] = gates.sum[0], key_sum[1] = gates.sum[1];
     const float between = exp2_fast((record.start[0] - gates.end[0]) + (record.start[1] - gates.end[1]));
     decay[0] = gates.rest[0] * between, decay[1] = gates.rest[1] * between;
   }
@@ -142,7 +154,7 @@ __device__ __forceinline__ void differentiate_columns(const float (&score)[kRows
       for (int c = 0; c < 2; ++c) {
         const int column = 8 * n + 2 * at.quad + c;
         float a = alpha[c];
-        if constexpr (kGates) a *= kEdge ? exp2_fast(sum[c] - gates.sum[r]) : decay[r];
+        if constexpr (kGates) a *= kEdge ? exp2_fast(sum[c] - key_sum[r]) : decay[r];
         const float u = a * score[4 * n + 2 * r + c], lower = lower_power_of<kDeg>(u), dw = dweight[4 * n + 2 * r + c] - delta[c];
         w[c] = lower * u;
         ds[c] = dw * a * lower;
@@ -161,19 +173,16 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGates
                                                     const BackwardKvProblem &p, int group) {
   constexpr int kStages = kQueryStages<kD>, kBlockRows = kBackwardGroups * kRows;
   const Fragment at(threadIdx.x % kWarpgroup);
-  const int tiles = (p.t_kv + kBlockRows - 1) / kBlockRows, items = tiles * p.h_kv * p.b, row_tiles = (p.t_q + kRows - 1) / kRows;
+  const int row_tiles = (p.t_q + kRows - 1) / kRows;
   const int heads = p.h_q / p.h_kv;
   RingPosition<2> seat;
   RingPosition<kStages> ring;
-  for (int round = 0, index; (index = item_index(round)) < items; ++round, seat.advance()) {
-    const Item item(index, tiles, p.h_kv, p.b, p.group_heads, false);
+  for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance()) {
     const int first = item.tile * kBlockRows + group * kRows;
     const bool real = first < p.t_kv;
     const int from = p.causal ? item.tile * kBlockRows / kRows : 0;
     const uint32_t k_smem = smem_address(smem.k[seat.slot][group]), v_smem = smem_address(smem.v[seat.slot][group]);
     const GateRecord *records = p.gates + int64_t(item.batch * p.h_kv + item.head) * (((p.t_kv + kGateBlock - 1) / kGateBlock) * 2);
-    KeyGates gates;
-    if (kGates && real) gates.load(records[first / kRows], at);
     const Packing packing = choose_packing<T, kD, kDeg>(p, item.batch, item.head);
     if (real) smem.kv_full[seat.slot][group].wait(seat.parity);
 
@@ -210,9 +219,9 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGates
         pin(dweight);
         const auto &record = smem.records[ring.slot];
         if (p.causal && (kGates ? m * kRows < first / kGateBlock * kGateBlock + kGateBlock : m * kRows < first + kRows))
-          differentiate_columns<T, kDeg, kGates, true>(score, dweight, weight, dscore, column_sum, record, gates, at, first - m * kRows + at.row, packing);
+          differentiate_columns<T, kDeg, kGates, true>(score, dweight, weight, dscore, column_sum, record, records + first / kRows, at, first - m * kRows + at.row, packing);
         else
-          differentiate_columns<T, kDeg, kGates, false>(score, dweight, weight, dscore, column_sum, record, gates, at, 0, packing);
+          differentiate_columns<T, kDeg, kGates, false>(score, dweight, weight, dscore, column_sum, record, records + first / kRows, at, 0, packing);
         pin(weight);
         pin(dscore);
         pin(dk);
@@ -229,6 +238,7 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGates
     pin(dv);
     if (previous >= 0) smem.q_empty[previous].release();
     if (!real) {
+      warpgroup_sync(group);  // all have read the item
       if (at.thread == 0) {
         smem.kv_full[seat.slot][group].wait(seat.parity);
         smem.kv_empty[seat.slot][group].arrive();
@@ -273,6 +283,7 @@ __global__ void __launch_bounds__((kBackwardGroups + 1) * kWarpgroup, 1)
     for (int s = 0; s < 2 * kBackwardGroups; ++s) (&smem.kv_full[0][0])[s].init(1), (&smem.kv_empty[0][0])[s].init(1);
     for (int s = 0; s < kQueryStages<kD>; ++s)
       smem.q_full[s].init(1), smem.q_empty[s].init(4 * kBackwardGroups);
+    smem.dealer.init();
     mbarrier_init_fence();
   }
   __syncthreads();

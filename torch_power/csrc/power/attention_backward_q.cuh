@@ -17,16 +17,11 @@ namespace power::attention {
 
 /* d: keys  stages  why
  *  64: 128   4       S, dP, dQ, dS are 64 + 64 + 32 + 32 registers: fits 240; wider products load less from shared memory
+ *  64: 64    8       with gates, whose factors need the registers
  * 128: 64    3       dQ is 64 registers already; 3 stages beside the two slots are all of shared memory */
-template <int kD>
-struct BackwardQTiles;
-template <>
-struct BackwardQTiles<64> {
-  static constexpr int kKeys = 128, kStages = 4;
-};
-template <>
-struct BackwardQTiles<128> {
-  static constexpr int kKeys = 64, kStages = 3;
+template <int kD, bool kGates>
+struct BackwardQTiles {
+  static constexpr int kKeys = kD == 64 && !kGates ? 128 : 64, kStages = kD == 64 ? (kGates ? 8 : 4) : 3;
 };
 constexpr int kBackwardGroups = 2;
 constexpr int kBackwardProducerRegisters = 24, kBackwardConsumerRegisters = 240;
@@ -41,12 +36,13 @@ struct BackwardQProblem : Problem {
 
 template <typename T, int kD, bool kGates>
 struct BackwardQSmem {
-  static constexpr int kKeys = BackwardQTiles<kD>::kKeys, kStages = BackwardQTiles<kD>::kStages;
+  static constexpr int kKeys = BackwardQTiles<kD, kGates>::kKeys, kStages = BackwardQTiles<kD, kGates>::kStages;
   T q[2][kBackwardGroups][kRows * kD];
   T dy[2][kBackwardGroups][kRows * kD];
   T k[kStages][kKeys * kD];
   T v[kStages][kKeys * kD];
   GateRecord gates[kGates ? kStages : 1][kKeys / kRows];
+  Dealer dealer;
   Barrier q_full[2][kBackwardGroups], q_empty[2][kBackwardGroups];
   Barrier kv_full[kStages], kv_empty[kStages];
 };
@@ -54,17 +50,16 @@ struct BackwardQSmem {
 template <typename T, int kD, bool kGates>
 __device__ __forceinline__ void backward_q_produce(BackwardQSmem<T, kD, kGates> &smem, const CUtensorMap *q_map, const CUtensorMap *k_map,
                                                    const CUtensorMap *v_map, const CUtensorMap *dy_map, const Problem &p) {
-  constexpr int kKeys = BackwardQTiles<kD>::kKeys, kStages = BackwardQTiles<kD>::kStages, kBlockRows = kBackwardGroups * kRows;
+  constexpr int kKeys = BackwardQTiles<kD, kGates>::kKeys, kStages = BackwardQTiles<kD, kGates>::kStages, kBlockRows = kBackwardGroups * kRows;
   constexpr uint32_t kTileBytes = 2 * kKeys * kD * sizeof(T), kGateBytes = sizeof(smem.gates[0]);
-  const int tiles = (p.t_q + kBlockRows - 1) / kBlockRows, items = tiles * p.h_q * p.b;
   RingPosition<2> seat;
   RingPosition<kStages> ring;
-  for (int round = 0, index; (index = item_index(round)) < items; ++round) {
-    const Item item(index, tiles, p.h_q, p.b, p.group_heads, p.causal);
+  int index = blockIdx.x;
+  for (Item item; (item = smem.dealer.deal(seat, smem.q_empty, p.deck, index)).tile >= 0; seat.advance()) {
     const int head_kv = item.head / (p.h_q / p.h_kv), first = item.tile * kBlockRows;
+#pragma unroll 1
     for (int g = 0; g < kBackwardGroups; ++g) {
       Barrier &full = smem.q_full[seat.slot][g];
-      smem.q_empty[seat.slot][g].wait(seat.parity ^ 1);
       if (first + g * kRows < p.t_q) {
         full.expect(2 * kRows * kD * sizeof(T));
         load_tile<kD>(smem.q[seat.slot][g], q_map, kRows, first + g * kRows, item.head, item.batch, full);
@@ -73,9 +68,9 @@ __device__ __forceinline__ void backward_q_produce(BackwardQSmem<T, kD, kGates> 
         full.arrive();  // no rows; the barriers of all warpgroups stay in the same phase
       }
     }
-    seat.advance();
     const int seen = tiles_seen(p, first, min(kBlockRows, p.t_q - first), kKeys);
     const GateRecord *gates = p.gates + int64_t(item.batch * p.h_kv + head_kv) * (((p.t_kv + kGateBlock - 1) / kGateBlock) * 2);
+#pragma unroll 1
     for (int n = 0; n < seen; ++n, ring.advance()) {
       Barrier &full = smem.kv_full[ring.slot];
       smem.kv_empty[ring.slot].wait(ring.parity ^ 1);
@@ -119,48 +114,72 @@ struct HalfRow {
   }
 };
 
-/* dS of one tile of keys as the A operand of dQ += dS K; adds Σ_{j<i} w (dp − δ) to row_sum. kEdge as in `weigh`. */
+/* What a row's Σ_j w_ij (dp_ij − δ_i) is summed from: the keys before the token itself, and the token itself. */
+struct RowSum {
+  float before[2] = {0.f, 0.f}, itself[2] = {0.f, 0.f}, own_weight[2] = {0.f, 0.f};
+};
+
+/* Adds a tile's w (dp − δ) to `sum`. kEdge as in `differentiate_rows`. */
+template <typename T, int kDeg, bool kGates, bool kEdge, int kKeys>
+__device__ __forceinline__ void sum_rows(const float (&score)[kKeys / 2], const float (&dweight)[kKeys / 2], RowSum &sum,
+                                         const float (&delta)[2], const Fragment &at, int last_column, const GateRecord *records,
+                                         const QueryGates *gates, float scale) {
+  float decay[2] = {scale, scale};
+  if constexpr (kGates && !kEdge) decay[0] = gates->decay(*records, 0), decay[1] = gates->decay(*records, 1);
+#pragma unroll
+  for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int column = 8 * n + 2 * at.quad + c, i = 4 * n + 2 * r + c;
+        float s = score[i];
+        if constexpr (kGates || is_half<T>) s *= score_factor<T, kGates, kEdge>(records, gates, decay, scale, column, r);
+        const float w = power_of<kDeg>(s), product = w * (dweight[i] - delta[r]);
+        if (!kEdge || column < last_column + 8 * r) sum.before[r] += product;
+        else if (column == last_column + 8 * r) sum.itself[r] = product, sum.own_weight[r] = w;
+      }
+}
+
+/* dS of one tile of keys as the A operand of dQ += dS K. kEdge: columns > last_column are dropped, and the gates of keys and rows
+ * have one block. */
 template <typename T, int kDeg, bool kGates, bool kEdge, int kKeys>
 __device__ __forceinline__ void differentiate_rows(const float (&score)[kKeys / 2], const float (&dweight)[kKeys / 2],
-                                                   uint32_t (&dscore)[kKeys / 16][4], float (&row_sum)[2], const float (&delta)[2],
-                                                   const float (&packing)[2], const Fragment &at, int first_row,
+                                                   uint32_t (&dscore)[kKeys / 16][4], const float (&delta)[2],
+                                                   const float (&packing)[2], const Fragment &at, int last_column,
                                                    const GateRecord *records, const QueryGates *gates, float scale) {
   float decay[2] = {scale, scale};
   if constexpr (kGates && !kEdge) decay[0] = gates->decay(*records, 0), decay[1] = gates->decay(*records, 1);
 #pragma unroll
-  for (int n = 0; n < kKeys / 8; ++n) {
-    const int column = 8 * n + 2 * at.quad;
+  for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float ds[2];
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
+        const int column = 8 * n + 2 * at.quad + c;
         float factor = 1.f, s = score[4 * n + 2 * r + c];
-        if constexpr (kGates || is_half<T>) factor = score_factor<T, kGates, kEdge>(records, gates, decay, scale, column + c, r), s *= factor;
-        const float dw = dweight[4 * n + 2 * r + c] - delta[r];
+        if constexpr (kGates || is_half<T>) factor = score_factor<T, kGates, kEdge>(records, gates, decay, scale, column, r), s *= factor;
+        ds[c] = lower_power_of<kDeg>(s) * (dweight[4 * n + 2 * r + c] - delta[r]);
         // s carries the gates' p-th root, so s^(p−1) lacks one more of it; the scale of the head belongs to c_i instead.
-        ds[c] = lower_power_of<kDeg>(s) * dw;
         if constexpr (kGates) ds[c] *= is_half<T> ? factor / scale : factor;
-        if (kEdge && column + c > first_row + 8 * r) ds[c] = 0.f;
-        if (kGates && !(kEdge && column + c >= first_row + 8 * r)) row_sum[r] += power_of<kDeg>(s) * dw;
+        if (kEdge && column > last_column + 8 * r) ds[c] = 0.f;
         if constexpr (is_half<T>) ds[c] *= packing[r];
       }
       dscore[n >> 1][2 * (n & 1) + r] = pack<T>(ds[0], ds[1]);
     }
-  }
 }
 
 template <typename T, int kD, int kDeg, bool kGates>
 __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGates> &smem, const CUtensorMap *dq_map,
                                                    const BackwardQProblem &p, int group) {
-  constexpr int kKeys = BackwardQTiles<kD>::kKeys, kStages = BackwardQTiles<kD>::kStages, kBlockRows = kBackwardGroups * kRows;
+  constexpr int kKeys = BackwardQTiles<kD, kGates>::kKeys, kStages = BackwardQTiles<kD, kGates>::kStages, kBlockRows = kBackwardGroups * kRows;
   using Record = std::conditional_t<kGates, GatedQueryRecord, QueryRecord>;
   const Fragment at(threadIdx.x % kWarpgroup);
-  const int tiles = (p.t_q + kBlockRows - 1) / kBlockRows, items = tiles * p.h_q * p.b, row_tiles = (p.t_q + kRows - 1) / kRows;
+  const int row_tiles = (p.t_q + kRows - 1) / kRows;
   RingPosition<2> seat;
   RingPosition<kStages> ring;
-  for (int round = 0, index; (index = item_index(round)) < items; ++round, seat.advance()) {
-    const Item item(index, tiles, p.h_q, p.b, p.group_heads, p.causal);
+  for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance()) {
     const int head_kv = item.head / (p.h_q / p.h_kv), first = item.tile * kBlockRows + group * kRows;
     const int seen = tiles_seen(p, item.tile * kBlockRows, min(kBlockRows, p.t_q - item.tile * kBlockRows), kKeys);
     const int mine = first < p.t_q ? tiles_seen(p, first, kRows, kKeys) : 0;
@@ -184,21 +203,22 @@ __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGates> 
       const bool real = row < p.t_q && !p.zero;
       Record &record = static_cast<Record *>(p.records)[int64_t(item.batch * p.h_q + item.head) * row_tiles + first / kRows];
       float *pair = &record.alpha_delta[at.thread >> 2].x + ((at.thread >> 1) & 1);
-      if (at.thread & 1) pair[2] = dots.x;
-      else pair[0] = !real ? 0.f : p.normalize ? row_scale * inverse_root<kDeg>(norm) : 1.f;
+      if (!(at.thread & 1)) pair[0] = !real ? 0.f : p.normalize ? row_scale * inverse_root<kDeg>(norm) : 1.f;
       if constexpr (kGates) {
         if (at.thread < kRows / 2) record.sum[at.thread] = *reinterpret_cast<const float2 *>(&records[first / kRows].sum[2 * at.thread]);
         if (at.thread < 2) record.start[at.thread] = records[first / kRows].start[at.thread];
       }
-      float weight_factor = !real ? 0.f : p.normalize ? (norm == 0.f ? 0.f : 1.f / norm) : p.scale_p / power_of<kDeg>(row_scale);
+      const float weight_factor = !real ? 0.f : p.normalize ? (norm == 0.f ? 0.f : 1.f / norm) : p.scale_p / power_of<kDeg>(row_scale);
       float half_packing = 1.f;  // float16: bounds |dp − δ| s^(p−1) by 2^15, row by row
       if constexpr (is_half<T>) {
         const float largest = 2.f * sqrtf(dots.y) * p.v_max[item.batch * p.h_kv + head_kv];
         if (largest > 0.f) half_packing = power_of_two(15 - score_bits<kDeg> * (kDeg - 1) - exponent_above(largest));
       }
-      float delta[2], packing[2], row_sum[2] = {0.f, 0.f}, dq[kD / 2];
+      float delta[2], packing[2], inverse_norm[2], dq[kD / 2];
+      RowSum sum;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) delta[r] = at.of_row(dots.x, r), packing[r] = at.of_row(half_packing, r);
+      for (int r = 0; r < 2; ++r)
+        delta[r] = at.of_row(dots.x, r), packing[r] = at.of_row(half_packing, r), inverse_norm[r] = at.of_row(weight_factor, r);
 #pragma unroll
       for (int i = 0; i < kD / 2; ++i) dq[i] = 0.f;
       int previous = 0;
@@ -219,12 +239,23 @@ __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGates> 
         pin(dweight);
         pin(dq);
         if (n) smem.kv_empty[previous].release();
-        const int key = n * kKeys;
         const GateRecord *key_gates = smem.gates[kGates ? ring.slot : 0];
-        if (p.causal && key + kKeys > (kGates ? first / kGateBlock * kGateBlock : first))
-          differentiate_rows<T, kDeg, kGates, true, kKeys>(score, dweight, dscore, row_sum, delta, packing, at, first - key + at.row, key_gates, &gates, head_factor);
+        const int last_column = p.causal ? first - n * kKeys + at.row : p.t_kv;
+        const bool edge = p.causal && (n + 1) * kKeys > (kGates ? first / kGateBlock * kGateBlock : first);
+        if (kGates || (mine == 1 && p.normalize)) {
+          if (edge) sum_rows<T, kDeg, kGates, true, kKeys>(score, dweight, sum, delta, at, last_column, key_gates, &gates, head_factor);
+          else sum_rows<T, kDeg, kGates, false, kKeys>(score, dweight, sum, delta, at, 0, key_gates, &gates, head_factor);
+          // Σ_j w_ij (dp_ij − δ_i) should be 0, and is the error that δ has from the rounding of y. Rows that see few keys feel
+          // it: without gates those of the first tile; with gates any, but then what they see is mostly in their last tile.
+          if (n == mine - 1 && p.normalize) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) delta[r] += sum_of_quad(sum.before[r] + sum.itself[r]) * inverse_norm[r];
+          }
+        }
+        if (edge)
+          differentiate_rows<T, kDeg, kGates, true, kKeys>(score, dweight, dscore, delta, packing, at, last_column, key_gates, &gates, head_factor);
         else
-          differentiate_rows<T, kDeg, kGates, false, kKeys>(score, dweight, dscore, row_sum, delta, packing, at, 0, key_gates, &gates, head_factor);
+          differentiate_rows<T, kDeg, kGates, false, kKeys>(score, dweight, dscore, delta, packing, at, 0, key_gates, &gates, head_factor);
         pin(dscore);
         pin(dq);
         wgmma_fence();
@@ -239,12 +270,16 @@ __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGates> 
       float factor[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int frag_row = first + at.row + 8 * r;
-        const float weight = at.of_row(weight_factor, r);
-        factor[r] = kDeg * at.of_row(row_scale, r) * weight / packing[r];
+        const int row_in_tile = at.row + 8 * r;
+        factor[r] = kDeg * at.of_row(row_scale, r) * inverse_norm[r] / packing[r];
+        if (at.quad == 0) (&record.alpha_delta[row_in_tile >> 1].z)[row_in_tile & 1] = delta[r];
         if constexpr (kGates) {
-          const float sum = sum_of_quad(row_sum[r]) * weight;
-          if (at.quad == 0 && frag_row < p.t_q) p.row_sum[int64_t(item.batch * p.h_q + item.head) * p.t_q + frag_row] = sum;
+          // Normalised, the sum over all j is 0, so that over j < i is what the token itself contributes, negated.
+          const float before = sum_of_quad(sum.before[r]), itself = sum_of_quad(sum.itself[r]), own = sum_of_quad(sum.own_weight[r]);
+          const float moved = (before + itself) * inverse_norm[r];
+          const float row_sum = (p.normalize ? own * moved - itself : before) * inverse_norm[r];
+          if (at.quad == 0 && first + row_in_tile < p.t_q)
+            p.row_sum[int64_t(item.batch * p.h_q + item.head) * p.t_q + first + row_in_tile] = row_sum;
         }
       }
       warpgroup_sync(group);  // no warp still multiplies with the q that dq replaces
@@ -257,9 +292,12 @@ __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGates> 
         bulk_wait_read<0>();
         smem.q_empty[seat.slot][group].arrive();
       }
-    } else if (at.thread == 0) {
-      smem.q_full[seat.slot][group].wait(seat.parity);
-      smem.q_empty[seat.slot][group].arrive();
+    } else {
+      warpgroup_sync(group);  // all have read the item
+      if (at.thread == 0) {
+        smem.q_full[seat.slot][group].wait(seat.parity);
+        smem.q_empty[seat.slot][group].arrive();
+      }
     }
     for (int n = mine; n < seen; ++n, ring.advance()) {  // tiles that only later rows of the block see
       smem.kv_full[ring.slot].wait(ring.parity);
@@ -278,8 +316,9 @@ __global__ void __launch_bounds__((kBackwardGroups + 1) * kWarpgroup, 1)
   auto &smem = *reinterpret_cast<BackwardQSmem<T, kD, kGates> *>(smem_bytes);
   if (threadIdx.x == 0) {
     for (int s = 0; s < 2 * kBackwardGroups; ++s) (&smem.q_full[0][0])[s].init(1), (&smem.q_empty[0][0])[s].init(1);
-    for (int s = 0; s < BackwardQTiles<kD>::kStages; ++s)
+    for (int s = 0; s < BackwardQTiles<kD, kGates>::kStages; ++s)
       smem.kv_full[s].init(1), smem.kv_empty[s].init(4 * kBackwardGroups);
+    smem.dealer.init();
     mbarrier_init_fence();
   }
   __syncthreads();

@@ -20,6 +20,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -57,38 +58,48 @@ struct GatedQueryRecord : QueryRecord {
 };
 static_assert(sizeof(GatedQueryRecord) % 16 == 0, "bulk copies move multiples of 16 bytes");
 
+/* Division of 0 ≤ n < 2^31 by a number that the host knows: a product instead of the twenty instructions of a division. */
+struct Divisor {
+  uint32_t divisor, factor, shift;
+  Divisor() = default;
+  explicit Divisor(uint32_t d) : divisor(d), shift(0) {
+    while ((uint64_t(1) << shift) < d) ++shift;
+    factor = uint32_t(((uint64_t(1) << 32) * ((uint64_t(1) << shift) - d)) / d + 1);
+  }
+  __device__ __forceinline__ int divide(int n) const { return int((__umulhi(uint32_t(n), factor) + uint32_t(n)) >> shift); }
+};
+
+/* The items of a launch: `tiles` of each of heads × batches heads, dealt group by group of `together` heads whose keys and values
+ * fit the L2 cache together, within a group longest first. */
+struct Deck {
+  int items, tiles, together, last_group;
+  int longest_last;  // 1: the longest tiles are those with the largest index
+  int *dealt;        // items dealt so far, beside the first one of every block; 0 at the start
+  Divisor by_group, by_together, by_rest, by_heads;
+  Deck() = default;
+  Deck(int tiles, int heads, int batches, int together, bool longest_last, int *dealt)
+      : items(tiles * heads * batches), tiles(tiles), together(together), last_group(heads * batches / together),
+        longest_last(longest_last), dealt(dealt), by_group(std::max(tiles * together, 1)), by_together(together),
+        by_rest(std::max(heads * batches % together, 1)), by_heads(heads) {}
+};
+
 /* Sizes and switches, the same for all kernels of a call. */
 struct Problem {
   int b, t_q, t_kv, h_q, h_kv;
   int causal, normalize;
   int zero;         // 1: scale is 0 and cancels against nothing; every weight is 0
   float scale_p;    // scale^p, for normalize = 0
-  int group_heads;  // query heads (or key-value heads) whose tiles are dealt together, see Item
+  Deck deck;
   const GateRecord *gates;                           // [b, h_kv, blocks of 64]; null without gates
   const float *q_max, *k_max, *v_max, *dy_max;       // float16: largest row norm of a head [b, h]; else null
   float *norm;
   int64_t norm_stride[3];
 };
 
-/* The tile of 64·groups rows that a persistent block works on. Tiles are dealt longest first within a group of heads whose
- * keys and values fit the L2 cache together, and every other round in reverse, so that blocks end at nearly the same time. */
+/* The tile of 64·groups rows that a persistent block works on; tile < 0: there are no more. */
 struct Item {
   int head, batch, tile;
-  __device__ Item(int index, int tiles, int heads, int batches, int group_heads, bool last_first) {
-    const int all = heads * batches, per_group = tiles * group_heads;
-    const int group = index / per_group, rest = index - group * per_group;
-    const int size = min(group_heads, all - group * group_heads);
-    const int row = rest / size, flat = group * group_heads + rest - row * size;
-    tile = last_first ? tiles - 1 - row : row;
-    batch = flat / heads;
-    head = flat - batch * heads;
-  }
 };
-
-/* Index of this block's item in the given round; ≥ `items` when there is none. */
-__device__ __forceinline__ int item_index(int round) {
-  return round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-}
 
 /* A barrier that counts arrivals and bytes, in shared memory. */
 struct Barrier {
@@ -102,6 +113,36 @@ struct Barrier {
   __device__ __forceinline__ void release() {
     __syncwarp();
     if ((threadIdx.x & 31) == 0) arrive();
+  }
+};
+
+/* How the copying thread deals items to the consumers, up to two ahead: an entry for each slot of resident tiles.
+ * An item goes to whichever block is free. (Dealing a fixed list round by round left blocks idle: groups and rounds do not divide
+ * each other.) Which block computes a tile changes nothing in the result. */
+struct Dealer {
+  Item item[2];
+  Barrier dealt[2];
+  __device__ void init() { dealt[0].init(1), dealt[1].init(1); }
+  __device__ Item receive(const RingPosition<2> &seat) const {
+    dealt[seat.slot].wait(seat.parity);
+    const volatile Item &x = item[seat.slot];
+    return {x.head, x.batch, x.tile};
+  }
+  /* The copying thread: draws the next item, waits until all consumer warpgroups have `left` its slot, and announces it. `index`
+   * is blockIdx.x at first, then what the last call left there. */
+  template <int kGroups>
+  __device__ Item deal(const RingPosition<2> &seat, Barrier (&left)[2][kGroups], const Deck &deck, int &index) {
+    const int group = deck.by_group.divide(index), rest = index - group * int(deck.by_group.divisor);
+    const Divisor &by_size = group == deck.last_group ? deck.by_rest : deck.by_together;
+    const int row = by_size.divide(rest), flat = group * deck.together + rest - row * int(by_size.divisor);
+    const int batch = deck.by_heads.divide(flat), tile = deck.longest_last ? deck.tiles - 1 - row : row;
+    const Item next = {flat - batch * int(deck.by_heads.divisor), batch, index >= deck.items ? -1 : tile};
+    index = gridDim.x + atomicAdd(deck.dealt, 1);  // long before it is needed
+#pragma unroll 1
+    for (int g = 0; g < kGroups; ++g) left[seat.slot][g].wait(seat.parity ^ 1);
+    item[seat.slot] = next;
+    dealt[seat.slot].arrive();
+    return next;
   }
 };
 

@@ -16,7 +16,7 @@ namespace power::attention {
 
 /* d: groups  stages  why
  *  64: 3     4       3 warpgroups beat 2 by 5–10 % (695 TFLOP/s at t = 16384); 160 registers hold S (64), O (32), w (32)
- * 128: 2     2       O is 64 registers, so 240 a thread; 2 stages of 64 KiB is what fits */
+ * 128: 2     2       O is 64 registers, so 232 a thread; 2 stages of 64 KiB is what fits */
 template <int kD>
 struct ForwardTiles;
 template <>
@@ -25,7 +25,7 @@ struct ForwardTiles<64> {
 };
 template <>
 struct ForwardTiles<128> {
-  static constexpr int kGroups = 2, kStages = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kGroups = 2, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
 };
 constexpr int kForwardKeys = 128;
 
@@ -36,6 +36,7 @@ struct ForwardSmem {
   T k[kStages][kForwardKeys * kD];
   T v[kStages][kForwardKeys * kD];
   GateRecord gates[kGates ? kStages : 1][kForwardKeys / kRows];
+  Dealer dealer;
   Barrier q_full[2][kGroups], q_empty[2][kGroups];
   Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
@@ -51,15 +52,14 @@ __device__ __forceinline__ void forward_produce(ForwardSmem<T, kD, kGates> &smem
                                                 const CUtensorMap *v_map, const Problem &p) {
   constexpr int kGroups = ForwardTiles<kD>::kGroups, kStages = ForwardTiles<kD>::kStages, kBlockRows = kGroups * kRows;
   constexpr uint32_t kTileBytes = kForwardKeys * kD * sizeof(T), kGateBytes = sizeof(smem.gates[0]);
-  const int tiles = (p.t_q + kBlockRows - 1) / kBlockRows, items = tiles * p.h_q * p.b;
   RingPosition<2> seat;
   RingPosition<kStages> ring;
-  for (int round = 0, index; (index = item_index(round)) < items; ++round) {
-    const Item item(index, tiles, p.h_q, p.b, p.group_heads, p.causal);
+  int index = blockIdx.x;
+  for (Item item; (item = smem.dealer.deal(seat, smem.q_empty, p.deck, index)).tile >= 0; seat.advance()) {
     const int head_kv = item.head / (p.h_q / p.h_kv), first = item.tile * kBlockRows;
+#pragma unroll 1
     for (int g = 0; g < kGroups; ++g) {
       Barrier &full = smem.q_full[seat.slot][g];
-      smem.q_empty[seat.slot][g].wait(seat.parity ^ 1);
       if (first + g * kRows < p.t_q) {
         full.expect(kRows * kD * sizeof(T));
         load_tile<kD>(smem.q[seat.slot][g], q_map, kRows, first + g * kRows, item.head, item.batch, full);
@@ -67,9 +67,9 @@ __device__ __forceinline__ void forward_produce(ForwardSmem<T, kD, kGates> &smem
         full.arrive();  // no rows; the barriers of all warpgroups stay in the same phase
       }
     }
-    seat.advance();
     const int seen = tiles_seen(p, first, min(kBlockRows, p.t_q - first), kForwardKeys);
     const GateRecord *gates = p.gates + int64_t(item.batch * p.h_kv + head_kv) * (((p.t_kv + kGateBlock - 1) / kGateBlock) * 2);
+#pragma unroll 1
     for (int n = 0; n < seen; ++n, ring.advance()) {
       const int s = ring.slot;
       smem.k_empty[s].wait(ring.parity ^ 1);
@@ -96,7 +96,7 @@ struct QueryGates {
   }
 };
 
-/* The factor of score (i, j) from its gates and, in float16, from the scale of the head. kSame: both in one block of 128. */
+/* The factor of score (i, j) from its gates and, in float16, from the scale of the head. kSame: both are in one block of 128. */
 template <typename T, bool kGates, bool kSame>
 __device__ __forceinline__ float score_factor(const GateRecord *records, const QueryGates *gates, const float (&decay)[2], float scale,
                                               int column, int r) {
@@ -106,13 +106,16 @@ __device__ __forceinline__ float score_factor(const GateRecord *records, const Q
   return is_half<T> ? factor * scale : factor;
 }
 
-/* w = s^p · gates for one tile of 128 keys, as the A operand of the next product; adds the row sums. kEdge: some keys come after
- * some rows (columns > row − key0 are dropped), or share their block of gates. */
-template <typename T, int kDeg, bool kGates, bool kEdge>
+/* w = s^p · gates for one tile of 128 keys, as the A operand of the next product; adds the row sums. kLast: the last tile of
+ * these rows, in which columns > last_column are dropped, and the gates of keys and rows have one block. There, `rounding` also
+ * gets what the sum changes by rounding w: y = Σ ŵ v / Σ ŵ with the same ŵ is an exact mean, and just v for a row that sees one
+ * key. (The gradient's dy·(v − y) needs that; with many keys, and so in all other tiles, the roundings cancel by themselves.) */
+template <typename T, int kDeg, bool kGates, bool kLast>
 __device__ __forceinline__ void weigh(float (&score)[kForwardKeys / 2], uint32_t (&weight)[kForwardKeys / 16][4], float (&sum)[2],
-                                      const Fragment &at, int first_row, const GateRecord *records, const QueryGates *gates, float scale) {
+                                      float (&rounding)[2], const Fragment &at, int last_column, const GateRecord *records,
+                                      const QueryGates *gates, float scale) {
   float decay[2] = {scale, scale};
-  if constexpr (kGates && !kEdge) decay[0] = gates->decay(*records, 0), decay[1] = gates->decay(*records, 1);
+  if constexpr (kGates && !kLast) decay[0] = gates->decay(*records, 0), decay[1] = gates->decay(*records, 1);
 #pragma unroll
   for (int n = 0; n < kForwardKeys / 8; ++n) {
     const int column = 8 * n + 2 * at.quad;
@@ -122,12 +125,16 @@ __device__ __forceinline__ void weigh(float (&score)[kForwardKeys / 2], uint32_t
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         float s = score[4 * n + 2 * r + c];
-        if constexpr (kGates || is_half<T>) s *= score_factor<T, kGates, kEdge>(records, gates, decay, scale, column + c, r);
+        if constexpr (kGates || is_half<T>) s *= score_factor<T, kGates, kLast>(records, gates, decay, scale, column + c, r);
         w[c] = power_of<kDeg>(s);
-        if (kEdge && column + c > first_row + 8 * r) w[c] = 0.f;
+        if (kLast && column + c > last_column + 8 * r) w[c] = 0.f;
         sum[r] += w[c];
       }
-      weight[n >> 1][2 * (n & 1) + r] = pack<T>(w[0], w[1]);
+      const uint32_t pair = weight[n >> 1][2 * (n & 1) + r] = pack<T>(w[0], w[1]);
+      if constexpr (kLast) {
+        const float2 rounded = Pair<T>::unpack(pair);
+        rounding[r] += (rounded.x - w[0]) + (rounded.y - w[1]);
+      }
     }
   }
 }
@@ -136,11 +143,9 @@ template <typename T, int kD, int kDeg, bool kGates>
 __device__ __forceinline__ void forward_consume(ForwardSmem<T, kD, kGates> &smem, const CUtensorMap *y_map, const Problem &p, int group) {
   constexpr int kGroups = ForwardTiles<kD>::kGroups, kStages = ForwardTiles<kD>::kStages, kBlockRows = kGroups * kRows;
   const Fragment at(threadIdx.x % kWarpgroup);
-  const int tiles = (p.t_q + kBlockRows - 1) / kBlockRows, items = tiles * p.h_q * p.b;
   RingPosition<2> seat;
   RingPosition<kStages> ring;
-  for (int round = 0, index; (index = item_index(round)) < items; ++round, seat.advance()) {
-    const Item item(index, tiles, p.h_q, p.b, p.group_heads, p.causal);
+  for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance()) {
     const int head_kv = item.head / (p.h_q / p.h_kv), first = item.tile * kBlockRows + group * kRows;
     const int seen = tiles_seen(p, item.tile * kBlockRows, min(kBlockRows, p.t_q - item.tile * kBlockRows), kForwardKeys);
     const int mine = first < p.t_q ? tiles_seen(p, first, kRows, kForwardKeys) : 0;
@@ -156,7 +161,7 @@ __device__ __forceinline__ void forward_consume(ForwardSmem<T, kD, kGates> &smem
       fence_proxy_async();  // the products read through the copy engine's path what these threads just wrote
       warpgroup_sync(group);
 
-      float sum[2] = {0.f, 0.f}, out[kD / 2];
+      float sum[2] = {0.f, 0.f}, rounding[2] = {0.f, 0.f}, out[kD / 2];
 #pragma unroll
       for (int i = 0; i < kD / 2; ++i) out[i] = 0.f;
       int previous = 0;
@@ -174,11 +179,13 @@ __device__ __forceinline__ void forward_consume(ForwardSmem<T, kD, kGates> &smem
         pin(out);
         if (n) smem.v_empty[previous].release();
         if constexpr (!kGates) smem.k_empty[ring.slot].release();
-        const int key = n * kForwardKeys;
-        if (p.causal && key + kForwardKeys > first)
-          weigh<T, kDeg, kGates, true>(score, weight, sum, at, first - key + at.row, smem.gates[kGates ? ring.slot : 0], &gates, head_factor);
-        else
-          weigh<T, kDeg, kGates, false>(score, weight, sum, at, 0, smem.gates[kGates ? ring.slot : 0], &gates, head_factor);
+        const GateRecord *key_gates = smem.gates[kGates ? ring.slot : 0];
+        if (n == mine - 1) {
+          const int last_column = p.causal ? first - n * kForwardKeys + at.row : p.t_kv;
+          weigh<T, kDeg, kGates, true>(score, weight, sum, rounding, at, last_column, key_gates, &gates, head_factor);
+        } else {
+          weigh<T, kDeg, kGates, false>(score, weight, sum, rounding, at, 0, key_gates, &gates, head_factor);
+        }
         if constexpr (kGates) smem.k_empty[ring.slot].release();  // the gates lie in the same stage
         smem.v_full[ring.slot].wait(ring.parity);
         pin(weight);
@@ -196,8 +203,8 @@ __device__ __forceinline__ void forward_consume(ForwardSmem<T, kD, kGates> &smem
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int row = first + at.row + 8 * r;
-        const float norm = sum_of_quad(sum[r]), c = at.of_row(row_scale, r) * head_factor;
-        factor[r] = p.normalize ? (norm == 0.f || p.zero ? 0.f : 1.f / norm) : p.scale_p / power_of<kDeg>(c);
+        const float norm = sum_of_quad(sum[r]), rounded = norm + sum_of_quad(rounding[r]), c = at.of_row(row_scale, r) * head_factor;
+        factor[r] = p.normalize ? (rounded == 0.f || p.zero ? 0.f : 1.f / rounded) : p.scale_p / power_of<kDeg>(c);
         if (at.quad == 0 && row < p.t_q)
           p.norm[item.batch * p.norm_stride[0] + row * p.norm_stride[1] + item.head * p.norm_stride[2]] = norm;
       }
@@ -211,9 +218,12 @@ __device__ __forceinline__ void forward_consume(ForwardSmem<T, kD, kGates> &smem
         bulk_wait_read<0>();
         smem.q_empty[seat.slot][group].arrive();
       }
-    } else if (at.thread == 0) {
-      smem.q_full[seat.slot][group].wait(seat.parity);
-      smem.q_empty[seat.slot][group].arrive();
+    } else {
+      warpgroup_sync(group);  // all have read the item
+      if (at.thread == 0) {
+        smem.q_full[seat.slot][group].wait(seat.parity);
+        smem.q_empty[seat.slot][group].arrive();
+      }
     }
     for (int n = mine; n < seen; ++n, ring.advance()) {  // tiles that only later rows of the block see
       smem.k_full[ring.slot].wait(ring.parity);
@@ -238,6 +248,7 @@ __global__ void __launch_bounds__((ForwardTiles<kD>::kGroups + 1) * kWarpgroup, 
       smem.k_full[s].init(1), smem.k_empty[s].init(4 * Tiles::kGroups);
       smem.v_full[s].init(1), smem.v_empty[s].init(4 * Tiles::kGroups);
     }
+    smem.dealer.init();
     mbarrier_init_fence();
   }
   __syncthreads();

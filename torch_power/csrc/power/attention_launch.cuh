@@ -14,7 +14,7 @@ namespace power::attention {
 
 /* Scratch of one call, carved from the caller's workspace: byte offsets, each a multiple of 256. */
 struct Workspace {
-  int64_t gates, maxima, records, row_sum, column_sum, bytes;
+  int64_t counters, gates, maxima, records, row_sum, column_sum, bytes;
   Workspace(const PowerAttentionShape &s, bool backward) {
     int64_t at = 0;
     const auto take = [&at](int64_t size) {
@@ -23,6 +23,7 @@ struct Workspace {
       return offset;
     };
     const int64_t blocks = (s.t_kv + kGateBlock - 1) / kGateBlock, row_tiles = (s.t + kRows - 1) / kRows;
+    counters = take(2 * sizeof(int));
     gates = take(s.b * s.h_kv * blocks * 2 * int64_t(sizeof(GateRecord)));
     maxima = take(2 * s.b * (s.h_q + s.h_kv) * int64_t(sizeof(float)));
     records = take(backward ? s.b * s.h_q * row_tiles * int64_t(sizeof(GatedQueryRecord)) : 0);
@@ -52,9 +53,11 @@ inline bool make_map(CUtensorMap *map, const PowerArray &a, int64_t b, int64_t t
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-/* Heads dealt together: as many as fit half of the L2 cache with what streams past them. */
-inline int heads_together(int64_t bytes_per_head, int64_t heads) {
-  return int(std::clamp<int64_t>((24 << 20) / std::max<int64_t>(bytes_per_head, 1), 1, std::max<int64_t>(heads, 1)));
+/* The deck of a kernel whose blocks hold `rows` rows of one of `heads` heads and stream `bytes` a head past them. */
+inline Deck make_deck(const Call &call, const Workspace &at, int kernel, int64_t t, int rows, int64_t heads, int64_t bytes, bool longest_last) {
+  const int64_t all = call.shape.b * heads, fit = (24 << 20) / std::max<int64_t>(bytes, 1);  // half of the L2 cache
+  int *dealt = reinterpret_cast<int *>(call.workspace + at.counters) + kernel;
+  return Deck(int((t + rows - 1) / rows), int(heads), int(call.shape.b), int(std::clamp<int64_t>(fit, 1, all)), longest_last, dealt);
 }
 
 inline int32_t after_launch(const char *what) {
@@ -64,12 +67,12 @@ inline int32_t after_launch(const char *what) {
 
 /* Launches a persistent kernel: one block a multiprocessor, or fewer if there are fewer items. */
 template <typename Smem, typename... Parameters, typename... Arguments>
-int32_t launch_persistent(const Call &call, const char *what, void (*kernel)(Parameters...), int64_t items, int threads,
+int32_t launch_persistent(const Call &call, const char *what, void (*kernel)(Parameters...), int items, int threads,
                           const Arguments &...arguments) {
   static_assert(sizeof(Smem) <= 232448, "shared memory of a multiprocessor");
   if (items == 0) return POWER_OK;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Smem)) == cudaSuccess)
-    kernel<<<unsigned(std::min<int64_t>(items, call.multiprocessors)), threads, sizeof(Smem), call.stream>>>(arguments...);
+    kernel<<<unsigned(std::min(items, call.multiprocessors)), threads, sizeof(Smem), call.stream>>>(arguments...);
   return after_launch(what);
 }
 
@@ -80,7 +83,6 @@ inline Problem make_problem(const Call &call, const Workspace &at, bool half) {
   p.causal = s.causal, p.normalize = s.normalize;
   p.zero = s.scale == 0.0;
   p.scale_p = float(std::pow(s.scale, s.deg));
-  p.group_heads = heads_together(s.t_kv * (s.d + s.e) * 2 * s.h_kv / s.h_q, s.b * s.h_q);
   p.gates = call.gates() ? reinterpret_cast<const GateRecord *>(call.workspace + at.gates) : nullptr;
   if (half) {
     const float *maxima = reinterpret_cast<const float *>(call.workspace + at.maxima);
@@ -91,9 +93,10 @@ inline Problem make_problem(const Call &call, const Workspace &at, bool half) {
   return p;
 }
 
-/* Gate records, and for float16 the largest row norms, in the workspace. */
+/* Counters at 0, gate records, and for float16 the largest row norms, in the workspace. */
 inline int32_t prepare(const Call &call, const Workspace &at, const Problem &p, bool half, bool backward) {
   const PowerAttentionShape &s = call.shape;
+  cudaMemsetAsync(call.workspace + at.counters, 0, 2 * sizeof(int), call.stream);
   if (call.gates() && s.t_kv > 0) {
     const PowerArray &g = call.arrays.log_g;
     sum_gates_kernel<<<unsigned(s.b * s.h_kv), 256, 0, call.stream>>>(static_cast<const float *>(g.data), g.stride[0], g.stride[1],
@@ -145,9 +148,9 @@ int32_t launch_forward(const Call &call) {
          make_map(&v_map, x.v, s.b, s.t_kv, s.h_kv, s.e, kForwardKeys, is_half<T>);
   if (!ok) return power_fail(POWER_INVALID, "power attention: an array's address or strides cannot be described to the copy engine");
   constexpr int kGroups = ForwardTiles<kD>::kGroups;
-  const int64_t items = (s.t + kGroups * kRows - 1) / (kGroups * kRows) * s.h_q * s.b;
+  p.deck = make_deck(call, at, 0, s.t, kGroups * kRows, s.h_q, s.t_kv * (s.d + s.e) * 2 * s.h_kv / s.h_q, s.causal);
   return with_degree_and_gates(call, [&](auto deg, auto gates) {
-    return launch_persistent<ForwardSmem<T, kD, gates>>(call, "power attention: forward", forward_kernel<T, kD, deg, gates>, items,
+    return launch_persistent<ForwardSmem<T, kD, gates>>(call, "power attention: forward", forward_kernel<T, kD, deg, gates>, p.deck.items,
                                                         (kGroups + 1) * kWarpgroup, q_map, k_map, v_map, y_map, p);
   });
 }
@@ -166,20 +169,23 @@ int32_t launch_backward(const Call &call) {
   p.row_sum = reinterpret_cast<float *>(call.workspace + at.row_sum);
   BackwardKvProblem kv = {};
   static_cast<Problem &>(kv) = p;
-  kv.group_heads = heads_together(s.t * (s.d + s.e) * 2 * s.h_q / s.h_kv, s.b * s.h_kv);
+  constexpr int kRowsOfBlock = kBackwardGroups * kRows;
+  p.deck = make_deck(call, at, 0, s.t, kRowsOfBlock, s.h_q, s.t_kv * (s.d + s.e) * 2 * s.h_kv / s.h_q, s.causal);
+  kv.deck = make_deck(call, at, 1, s.t_kv, kRowsOfBlock, s.h_kv, s.t * (s.d + s.e) * 2 * s.h_q / s.h_kv, false);
   kv.records = p.records;
   kv.column_sum = reinterpret_cast<float *>(call.workspace + at.column_sum);
 
-  constexpr int kRowsQ = kBackwardGroups * kRows, kThreads = (kBackwardGroups + 1) * kWarpgroup;
+  constexpr int kThreads = (kBackwardGroups + 1) * kWarpgroup;
   constexpr bool kHalf = is_half<T>;
+  const int keys = call.gates() ? BackwardQTiles<kD, true>::kKeys : BackwardQTiles<kD, false>::kKeys;
   CUtensorMap q, dy, dq, k, v, k64, v64, dk, dv;
   bool ok = true;
   if (s.t > 0)
     ok = make_map(&q, x.q, s.b, s.t, s.h_q, s.d, kRows, kHalf) && make_map(&dy, x.dy, s.b, s.t, s.h_q, s.e, kRows, kHalf) &&
          make_map(&dq, x.dq, s.b, s.t, s.h_q, s.d, kRows, kHalf);
   if (s.t_kv > 0)
-    ok = ok && make_map(&k, x.k, s.b, s.t_kv, s.h_kv, s.d, BackwardQTiles<kD>::kKeys, kHalf) &&
-         make_map(&v, x.v, s.b, s.t_kv, s.h_kv, s.e, BackwardQTiles<kD>::kKeys, kHalf) &&
+    ok = ok && make_map(&k, x.k, s.b, s.t_kv, s.h_kv, s.d, keys, kHalf) &&
+         make_map(&v, x.v, s.b, s.t_kv, s.h_kv, s.e, keys, kHalf) &&
          make_map(&k64, x.k, s.b, s.t_kv, s.h_kv, s.d, kRows, kHalf) && make_map(&v64, x.v, s.b, s.t_kv, s.h_kv, s.e, kRows, kHalf) &&
          make_map(&dk, x.dk, s.b, s.t_kv, s.h_kv, s.d, kRows, kHalf) && make_map(&dv, x.dv, s.b, s.t_kv, s.h_kv, s.e, kRows, kHalf);
   if (!ok) return power_fail(POWER_INVALID, "power attention: an array's address or strides cannot be described to the copy engine");
@@ -188,12 +194,10 @@ int32_t launch_backward(const Call &call) {
 
   const int32_t status = with_degree_and_gates(call, [&](auto deg, auto gates) {
     const int32_t first = launch_persistent<BackwardQSmem<T, kD, gates>>(
-        call, "power attention: backward, queries", backward_q_kernel<T, kD, deg, gates>, (s.t + kRowsQ - 1) / kRowsQ * s.h_q * s.b,
-        kThreads, q, k, v, dy, dq, p);
+        call, "power attention: backward, queries", backward_q_kernel<T, kD, deg, gates>, p.deck.items, kThreads, q, k, v, dy, dq, p);
     if (first) return first;
     return launch_persistent<BackwardKvSmem<T, kD, gates>>(
-        call, "power attention: backward, keys", backward_kv_kernel<T, kD, deg, gates>, (s.t_kv + kRowsQ - 1) / kRowsQ * s.h_kv * s.b,
-        kThreads, q, k64, v64, dy, dk, dv, kv);
+        call, "power attention: backward, keys", backward_kv_kernel<T, kD, deg, gates>, kv.deck.items, kThreads, q, k64, v64, dy, dk, dv, kv);
   });
   if (status || !call.gates() || s.t == 0 || x.dlog_g.data == nullptr) return status;
   const PowerArray &g = x.dlog_g;

@@ -7,8 +7,8 @@
  *   P_ij / den_i = s~² γ h_i,   ds~_ij = 2 s~ γ h_i (<D_i, v^_j> − ΔD_i),   dq~_i = Σ_j ds~ k^_j,  dk^_j = Σ_i ds~ q~_i,  dv^_j = Σ_i P/den D_i
  * and through the state, with w_i = 2^(chunk_prefix_i) h_i:  dS = Σ w_i ψ(q~_i) D_i,  dM = −Σ w_i ΔD_i q~_i q~_iᵀ.
  *
- * prepare_backward_kernel   block (chunk, query head): den, ΔD, h, l per token, range of D.
- * gate_gradient_kernel      block (key-value head): dlog_g by a running sum of  Σ_e … = ½ <k, dk> − (row part).
+ * prepare_backward_kernel               block (tile, query head): den, ΔD, h, l per token, range of D.
+ * gate_sums_kernel, gate_gradient_kernel  block (chunk, key-value head): dlog_g by a running sum of ½ <k, dk> − (row part).
  */
 #pragma once
 #include "chunked_stage.cuh"
@@ -29,7 +29,7 @@ struct RowFactors {
   float *h_decayed;     /* h · 2^(tile_prefix) */
   float *delta;         /* <dy, y>, unscaled: of the gates and, normalised, of ΔD */
   float *state_weight;  /* w · 2^STATE_GRADIENT_SHIFT */
-  float *chunk_weight;  /* [query head][chunk]: bound of what a chunk adds to the state gradient */
+  float *tile_weight;   /* [query head][tile]: bounds what a tile adds to the state gradient */
 };
 
 struct PrepareBackwardParams {
@@ -43,125 +43,152 @@ struct PrepareBackwardParams {
   float scale_squared;
 };
 
-/* Rows are taken by WIDTH neighbouring lanes, 16 bytes each. */
+constexpr int PREPARE_LANES = 8, PREPARE_THREADS = TILE * PREPARE_LANES;
+
+/* One tile; a row is taken by PREPARE_LANES neighbouring lanes, 16 bytes each at a time. */
 template <typename In>
-__global__ void __launch_bounds__(MEASURE_THREADS) prepare_backward_kernel(const __grid_constant__ PrepareBackwardParams p) {
-  constexpr int WIDTH = 16;
-  __shared__ float weight_sum[MEASURE_THREADS / 32];
-  const int chunk = blockIdx.x, head = blockIdx.y, batch = head / p.z.h_q, own = head % p.z.h_q;
-  const int kv = batch * p.z.h_kv + own / p.z.group, lane = threadIdx.x & 31, piece = lane % WIDTH;
-  const int k_exponent = scaling_exponent(p.maxima.k[kv], K_RANGE);
-  float largest = 0.f, weights = 0.f;
-  for (int i = threadIdx.x / WIDTH; i < p.z.chunk; i += MEASURE_THREADS / WIDTH) {
-    const int token = chunk * p.z.chunk + i;
-    const bool inside = token < p.z.t;
-    float dot = 0.f, dy_largest = 0.f, q_largest = 0.f;
-    if (inside) {
-      const uint4 y = load_piece<In>(p.y, batch * p.y.batch + token * p.y.time + own * p.y.head, piece * 8, p.z.e);
-      const uint4 dy = load_piece<In>(p.dy, batch * p.dy.batch + token * p.dy.time + own * p.dy.head, piece * 8, p.z.e);
+__global__ void __launch_bounds__(PREPARE_THREADS) prepare_backward_kernel(const __grid_constant__ PrepareBackwardParams p) {
+  __shared__ float largest_smem[PREPARE_THREADS / 32], weight_smem[PREPARE_THREADS / 32];
+  const int tile = blockIdx.x, head = blockIdx.y, batch = head / p.z.h_q, own = head % p.z.h_q, kv = batch * p.z.h_kv + own / p.z.group;
+  const int lane = threadIdx.x & 31, part = threadIdx.x % PREPARE_LANES, token = tile * TILE + threadIdx.x / PREPARE_LANES;
+  const bool inside = token < p.z.t;
+  const int64_t at = int64_t(head) * p.z.tokens + token, gate = int64_t(kv) * p.z.tokens + token;
+  const float den = inside ? p.norm[(int64_t(batch) * p.z.t + token) * p.z.h_q + own] : 0.f;
+  const float tile_prefix = p.gates.tile_prefix[gate], chunk_prefix = p.gates.chunk_prefix[gate];
+  float dot = 0.f, dy_largest = 0.f, q_largest = 0.f;
+  if (inside) {
+    for (int column = part * 8; column < p.z.e; column += PREPARE_LANES * 8) {
+      const uint4 y = load_piece<In>(p.y, batch * p.y.batch + token * p.y.time + own * p.y.head, column, p.z.e);
+      const uint4 dy = load_piece<In>(p.dy, batch * p.dy.batch + token * p.dy.time + own * p.dy.head, column, p.z.e);
       const uint32_t *a = &y.x, *b = &dy.x;
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         const float2 u = Pair<In>::unpack(a[j]), v = Pair<In>::unpack(b[j]);
         dot += u.x * v.x + u.y * v.y;
       }
-      dy_largest = largest_of<In>(dy);
-      if (!p.normalize)
-        q_largest = largest_of<In>(load_piece<In>(p.q, batch * p.q.batch + token * p.q.time + own * p.q.head, piece * 8, p.z.d));
+      dy_largest = fmaxf(dy_largest, largest_of<In>(dy));
     }
+    if (!p.normalize)
+      for (int column = part * 8; column < p.z.d; column += PREPARE_LANES * 8)
+        q_largest = fmaxf(q_largest, largest_of<In>(load_piece<In>(p.q, batch * p.q.batch + token * p.q.time + own * p.q.head, column, p.z.d)));
+  }
 #pragma unroll
-    for (int offset = WIDTH / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(~0u, dot, offset);
-    dy_largest = group_max<WIDTH>(dy_largest), q_largest = group_max<WIDTH>(q_largest);
-    const float den = inside ? p.norm[(int64_t(batch) * p.z.t + token) * p.z.h_q + own] : 0.f;
-    float dy_scale = 1.f;
+  for (int offset = PREPARE_LANES / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(~0u, dot, offset);
+  dy_largest = group_max<PREPARE_LANES>(dy_largest), q_largest = group_max<PREPARE_LANES>(q_largest);
+  float largest = 0.f, weight = 0.f;
+  if (part == 0) {
+    float dy_scale = den > 0.f ? 1.f : 0.f;
     if (!p.normalize) {
       const float undo = 1.f / row_factor(q_largest);
+      const int k_exponent = scaling_exponent(p.maxima.k[kv], K_RANGE);
       dy_scale = den * power_of_two(-2 * k_exponent - p.score_exponent) * undo * undo * p.scale_squared;
     }
-    if (den > 0.f) largest = fmaxf(largest, dy_largest * fabsf(dy_scale));
+    largest = dy_largest * fabsf(dy_scale);
     const int l = den > 0.f ? max((ilogbf(den) - p.score_exponent) >> 1, Q_SHIFT - 12) : 0;
     const float h = den > 0.f ? power_of_two(2 * (l - Q_SHIFT) + p.score_exponent) / den : 0.f;
-    if (piece == 0) {
-      const int64_t at = int64_t(head) * p.z.tokens + token, gate = int64_t(kv) * p.z.tokens + token;
-      const float decay = exp2f(p.gates.chunk_prefix[gate]);
-      const bool used = chunk > 0 || p.has_state; /* the first chunk's gradient only goes to an initial state */
-      /* w q~² < 2^15, or the update's float16 features overflow: reached only by rows nearly orthogonal to all they remember */
-      const float range = power_of_two(15 - 2 * (Q_RANGE + Q_SHIFT - l));
-      p.rows.q_scale[at] = power_of_two(Q_SHIFT - l);
-      p.rows.dy_scale[at] = den > 0.f ? dy_scale : 0.f;
-      p.rows.h[at] = h;
-      p.rows.h_decayed[at] = h * exp2f(p.gates.tile_prefix[gate]);
-      p.rows.delta[at] = dot;
-      p.rows.state_weight[at] = used ? fminf(decay * h * power_of_two(STATE_GRADIENT_SHIFT), range) : 0.f;
-      if (used && den > 0.f) weights += decay * power_of_two(p.score_exponent + STATE_GRADIENT_SHIFT) / den;
-    }
+    const float decay = exp2f(chunk_prefix);
+    const bool used = tile >= p.z.chunk_tiles || p.has_state; /* the first chunk's gradient only goes to an initial state */
+    /* w q~² < 2^15, or the update's float16 features overflow: reached only by rows nearly orthogonal to all they remember */
+    const float range = power_of_two(15 - 2 * (Q_RANGE + Q_SHIFT - l));
+    p.rows.q_scale[at] = power_of_two(Q_SHIFT - l);
+    p.rows.dy_scale[at] = dy_scale;
+    p.rows.h[at] = h;
+    p.rows.h_decayed[at] = h * exp2f(tile_prefix);
+    p.rows.delta[at] = dot;
+    p.rows.state_weight[at] = used ? fminf(decay * h * power_of_two(STATE_GRADIENT_SHIFT), range) : 0.f;
+    if (used && den > 0.f) weight = decay * power_of_two(p.score_exponent + STATE_GRADIENT_SHIFT) / den;
   }
   largest = group_max<32>(largest);
-  if (lane == 0) atomicMax(p.maxima.dy + kv, __float_as_uint(largest));
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) weights += __shfl_xor_sync(~0u, weights, offset);
-  if (lane == 0) weight_sum[threadIdx.x >> 5] = weights;
+  for (int offset = 16; offset > 0; offset /= 2) weight += __shfl_xor_sync(~0u, weight, offset);
+  if (lane == 0) largest_smem[threadIdx.x / 32] = largest, weight_smem[threadIdx.x / 32] = weight;
   __syncthreads();
   if (threadIdx.x == 0) {
-    float total = 0.f;
-    for (int i = 0; i < MEASURE_THREADS / 32; i++) total += weight_sum[i];
-    p.rows.chunk_weight[int64_t(head) * p.z.chunks + chunk] = total;
+    for (int i = 1; i < PREPARE_THREADS / 32; i++) largest = fmaxf(largest, largest_smem[i]), weight += weight_smem[i];
+    atomicMax(p.maxima.dy + kv, __float_as_uint(largest));
+    p.rows.tile_weight[int64_t(head) * p.z.tiles + tile] = weight;
   }
 }
 
 struct GateGradientParams {
   Sizes z;
   const float *column; /* ½ <k_j, dk_j> per key-value head and token */
-  const float *delta;  /* <dy_i, y_i> per query head and token */
+  const float *delta;  /* row parts per query head and token; read with normalize = 0 */
   int normalize;
   const float *s0, *z0, *ds0, *dz0; /* may be null */
+  double2 *sums;                    /* [key-value head][chunk] */
   float *dlog_g;
   int64_t batch, time, head;
 };
 
-constexpr int GATE_THREADS = 1024;
+constexpr int GATE_THREADS = 256;
+
+/* What token j adds to the running sum. */
+__device__ __forceinline__ double gate_term(const GateGradientParams &p, int kv, int token) {
+  float row = 0.f;
+  if (!p.normalize)
+    for (int member = 0; member < p.z.group; member++) row += p.delta[int64_t(kv * p.z.group + member) * p.z.tokens + token];
+  return double(p.column[int64_t(kv) * p.z.tokens + token]) - row;
+}
+__device__ __forceinline__ double block_sum(double x) {
+  __shared__ double partial[GATE_THREADS / 32];
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+  if ((threadIdx.x & 31) == 0) partial[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = 0.;
+  for (int i = 0; i < GATE_THREADS / 32; i++) x += partial[i];
+  __syncthreads();
+  return x;
+}
 
 /* dlog_g_l = Σ over pairs (i ≥ l > j) of ∂L/∂w_ij w_ij = <ds0, s0> + <dz0, z0> + Σ_{j < l} (½ <k_j, dk_j> − row part of j): what tokens
- * before l gave to later rows, less what their own rows took. With normalize the row part, <dnum, num> + dden · den, is 0. */
-static __global__ void __launch_bounds__(GATE_THREADS) gate_gradient_kernel(const __grid_constant__ GateGradientParams p) {
-  __shared__ double partial[GATE_THREADS];
-  const int kv = blockIdx.x, batch = kv / p.z.h_kv, kv_head = kv % p.z.h_kv, n = threadIdx.x;
-  const int64_t rows = int64_t(p.z.pairs) * 64;
-  double start = 0.;
+ * before l gave to later rows, less what their own rows took. With normalize the row part, <dnum, num> + dden · den, is 0.
+ * First pass: each chunk's sum, and its share of the products of states. */
+static __global__ void __launch_bounds__(GATE_THREADS) gate_sums_kernel(const __grid_constant__ GateGradientParams p) {
+  const int chunk = blockIdx.x, kv = blockIdx.y, first = chunk * p.z.chunk, last = min(first + p.z.chunk, p.z.t);
+  double sum = 0., start = 0.;
+  for (int token = first + threadIdx.x; token < last; token += GATE_THREADS) sum += gate_term(p, kv, token);
   if (p.s0 != nullptr) {
-    for (int64_t i = n; i < rows * p.z.e; i += GATE_THREADS) start += double(p.s0[kv * rows * p.z.e + i]) * p.ds0[kv * rows * p.z.e + i];
-    for (int64_t i = n; i < rows; i += GATE_THREADS) start += double(p.z0[kv * rows + i]) * p.dz0[kv * rows + i];
+    const int64_t rows = int64_t(p.z.pairs) * 64;
+    for (int64_t i = chunk * GATE_THREADS + threadIdx.x; i < rows * p.z.e; i += gridDim.x * GATE_THREADS)
+      start += double(p.s0[kv * rows * p.z.e + i]) * p.ds0[kv * rows * p.z.e + i];
+    for (int64_t i = chunk * GATE_THREADS + threadIdx.x; i < rows; i += gridDim.x * GATE_THREADS)
+      start += double(p.z0[kv * rows + i]) * p.dz0[kv * rows + i];
   }
-  auto term = [&](int token) {
-    float row = 0.f;
-    if (!p.normalize)
-      for (int member = 0; member < p.z.group; member++)
-        row += p.delta[int64_t(batch * p.z.h_q + kv_head * p.z.group + member) * p.z.tokens + token];
-    return double(p.column[int64_t(kv) * p.z.tokens + token]) - row;
-  };
-  const int each = (p.z.t + GATE_THREADS - 1) / GATE_THREADS, first = min(n * each, p.z.t), last = min(first + each, p.z.t);
-  double sum = 0.;
-  for (int token = first; token < last; token++) sum += term(token);
-  partial[n] = start;
-  __syncthreads();
-  for (int offset = GATE_THREADS / 2; offset > 0; offset /= 2) {
-    if (n < offset) partial[n] += partial[n + offset];
-    __syncthreads();
+  sum = block_sum(sum), start = block_sum(start);
+  if (threadIdx.x == 0) p.sums[kv * p.z.chunks + chunk] = make_double2(sum, start);
+}
+
+/* Second pass: the running sum through a chunk. */
+static __global__ void __launch_bounds__(GATE_THREADS) gate_gradient_kernel(const __grid_constant__ GateGradientParams p) {
+  __shared__ double warp_sum[GATE_THREADS / 32];
+  const int chunk = blockIdx.x, kv = blockIdx.y, batch = kv / p.z.h_kv, kv_head = kv % p.z.h_kv;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, first = chunk * p.z.chunk, last = min(first + p.z.chunk, p.z.t);
+  double running = 0.;
+  for (int i = threadIdx.x; i < p.z.chunks; i += GATE_THREADS) {
+    const double2 sums = p.sums[kv * p.z.chunks + i];
+    running += sums.y + (i < chunk ? sums.x : 0.);
   }
-  start = partial[0];
-  __syncthreads();
-  partial[n] = sum;
-  __syncthreads();
-  for (int offset = 1; offset < GATE_THREADS; offset *= 2) {
-    const double below = n >= offset ? partial[n - offset] : 0.;
+  running = block_sum(running);
+  for (int block = first; block < last; block += GATE_THREADS) {
+    const int token = block + threadIdx.x;
+    const double term = token < last ? gate_term(p, kv, token) : 0.;
+    double sum = term;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const double below = __shfl_up_sync(~0u, sum, offset);
+      if (lane >= offset) sum += below;
+    }
+    if (lane == 31) warp_sum[warp] = sum;
     __syncthreads();
-    partial[n] += below;
+    double before = running;
+    for (int i = 0; i < GATE_THREADS / 32; i++) {
+      if (i < warp) before += warp_sum[i];
+      running += warp_sum[i];
+    }
+    if (token < last) p.dlog_g[batch * p.batch + token * p.time + kv_head * p.head] = float(before + sum - term);
     __syncthreads();
-  }
-  double running = start + partial[n] - sum;
-  for (int token = first; token < last; token++) {
-    p.dlog_g[batch * p.batch + token * p.time + kv_head * p.head] = float(running);
-    running += term(token);
   }
 }
 

@@ -21,22 +21,27 @@ struct PairWalk {
   __device__ __forceinline__ int number() const { return j * (j + 1) / 2 + i; }
 };
 
-/* Consumers: over an even number of pairs runs `start(half)` (begin the products of the next pair in set `half` of registers and commit them)
- * and `finish(half, real)` (their results are there: use them, free the slot). The first pair's results are used while the second's
- * products run; the second's leave the matrix unit to the other warpgroup. Results carried over the loop's end would hide that too, but
- * ptxas then serialises every product (warning C7514). */
-template <class Start, class Finish>
+/* Consumers: over an even number of pairs runs `start(set)` (begin the products of the next pair in set `set` of registers and commit them)
+ * and `finish(set, real)` (their results are there: use them, free the slot). With two sets the first pair's results are used while the
+ * second's products run; the second's leave the matrix unit to the other warpgroup. Results carried over the loop's end would hide that
+ * too, but ptxas then serialises every product (warning C7514). Wide heads have registers for one set. */
+template <int SETS, class Start, class Finish>
 __device__ __forceinline__ void pipeline_pairs(int pairs, Start start, Finish finish) {
-  using Even = std::integral_constant<int, 0>;
-  using Odd = std::integral_constant<int, 1>;
+  using First = std::integral_constant<int, 0>;
+  using Second = std::integral_constant<int, SETS - 1>;
 #pragma unroll 1
   for (int pair = 0; pair < pairs; pair += 2) {
-    start(Even{});
-    start(Odd{});
-    wgmma_wait<1>();
-    finish(Even{}, true);
+    start(First{});
+    if constexpr (SETS == 2) {
+      start(Second{});
+      wgmma_wait<1>();
+    } else {
+      wgmma_wait<0>();
+    }
+    finish(First{}, true);
+    if constexpr (SETS == 1) start(Second{});
     wgmma_wait<0>();
-    finish(Odd{}, pair + 1 < pairs);
+    finish(Second{}, pair + 1 < pairs);
   }
 }
 

@@ -117,11 +117,12 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
 #pragma unroll 1
         for (int tile = first_tile; tile < query_tiles; tile++) {
           const uint32_t slot = stages_smem + at.slot * T::STAGE_BYTES, full = ring.full(at.slot), factors = slot + (D_TILES + E_TILES) * TILE_BYTES;
-          ring.acquire(at, (D_TILES + E_TILES) * TILE_BYTES + 512);
+          ring.acquire(at, (D_TILES + E_TILES) * TILE_BYTES + 512 + 16);
           bulk_load(slot, p.q + (q_tile + tile) * D_TILES * 4096, D_TILES * TILE_BYTES, full);
           bulk_load(slot + D_TILES * TILE_BYTES, p.dy + (q_tile + tile) * E_TILES * 4096, E_TILES * TILE_BYTES, full);
           bulk_load(factors, p.rows.h_decayed + (q_tile + tile) * TILE, 256, full);
           bulk_load(factors + 256, p.rows.delta + (q_tile + tile) * TILE, 256, full);
+          bulk_load(factors + 512, p.gates.tile_decay + (k_tile + tile) * TILE_FACTORS + TILE, 16, full);
           at.advance();
         }
       }
@@ -134,9 +135,14 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
     const uint32_t k_rows = rows_smem + group * D_TILES * TILE_BYTES, v_rows = rows_smem + (2 * D_TILES + group * E_TILES) * TILE_BYTES;
     const int64_t k_row = (k_tile + own_tile) * TILE + row;
     const int dy_exponent = scaling_exponent(p.maxima.dy[kv], DY_RANGE), v_exponent = scaling_exponent(p.maxima.v[kv], V_RANGE);
-    float dk[PADDED_D / 2], dv[PADDED_E / 2];
+    float dk[PADDED_D / 2], dv[PADDED_E / 2], row_prefix[2], tile_decay[2], chunk_decay[2];
 #pragma unroll
     for (int i = 0; i < PADDED_E / 2; i++) dv[i] = 0.f;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      row_prefix[r] = p.gates.tile_prefix[k_row + 8 * r], chunk_decay[r] = p.gates.chunk_decay[k_row + 8 * r];
+      tile_decay[r] = p.gates.tile_decay[(k_tile + own_tile) * TILE_FACTORS + row + 8 * r];
+    }
     mbarrier_wait(rows_full, 0);
 
     if (has_state) {
@@ -169,13 +175,14 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
 #pragma unroll
           for (int r = 0; r < 2; r++) contraction.slot(lane, r, n) = make_float2(dk[4 * n + 2 * r] * unit, dk[4 * n + 2 * r + 1] * unit);
       }
-      uint32_t a[2][4][4];
-      float u[2][32];
+      uint32_t a[D_TILES + E_TILES == 4 ? 1 : 2][4][4];
+      constexpr int SETS = D_TILES + E_TILES == 4 ? 1 : 2;
+      float u[SETS][32];
       RowOperand<E_TILES> v(v_rows, lane);
       contraction.load_i(lane);
       PairWalk next; /* the pair whose products start next */
       RingPosition<T::STAGES> done = at;
-      pipeline_pairs(
+      pipeline_pairs<SETS>(
           p.z.pairs,
           [&](auto half) {
             uint32_t(&fragments)[4][4] = a[half.value];
@@ -211,7 +218,7 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
       pin(dv);
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const float factor = p.gates.chunk_decay[k_row + 8 * r] * power_of_two(state_unit - STATE_GRADIENT_SHIFT);
+        const float factor = chunk_decay[r] * power_of_two(state_unit - STATE_GRADIENT_SHIFT);
         const float k_factor = factor * float(1 << DS_SHIFT), v_factor = factor * float(1 << P_SHIFT);
 #pragma unroll
         for (int n = 0; n < PADDED_D / 8; n++) {
@@ -254,14 +261,13 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
         wgmma_wait<0>();
         pin(s);
         pin(dp);
-        const float row_prefix[2] = {p.gates.tile_prefix[k_row], p.gates.tile_prefix[k_row + 8]};
         if constexpr (DIAGONAL) reach[0] = reach[1] = float(1 << P_SHIFT);
         key_gradients<DIAGONAL>(s, dp, weights, ds, reach, row_prefix, p.gates.tile_prefix + (k_tile + tile) * TILE,
                                 p.rows.h + (q_tile + tile) * TILE, factors, delta_factor, lane);
         if constexpr (DIAGONAL) {
-          reach[0] = p.gates.tile_decay[k_row] * float(1 << P_SHIFT), reach[1] = p.gates.tile_decay[k_row + 8] * float(1 << P_SHIFT);
+          reach[0] = tile_decay[0] * float(1 << P_SHIFT), reach[1] = tile_decay[1] * float(1 << P_SHIFT);
         } else {
-          const float decay = exp2_fast(p.gates.tile_sum[k_tile + tile]);
+          const float decay = __uint_as_float(load_shared_32(factors + 512));
           reach[0] *= decay, reach[1] *= decay;
         }
         pin(weights);

@@ -3,7 +3,7 @@
  * Block (128 rows of a chunk, query head): two consumer warpgroups of 64 rows each, one loading warp.
  *   1. moments: dx ← −2 ΔD_i 2^(units) Q~ M, into the dx slots;          2. state: dx += contraction of S with D (chunked_contract.cuh);
  *   3. dq~ ← 2^(chunk_prefix) h 2^(unit) dx, then from the diagonal key tile backwards: S = Q~ K^ᵀ, D V^ᵀ, ds~ from both in registers,
- *      dq~ += ds~ K^.
+ *      dq~ += ds~ K^;          4. ΔD is corrected to what these sums say it is.
  * Shared memory: rows of q~ and D, the dx slots, and a ring of a state tile, or a key and a value tile and their gate factors.
  */
 #pragma once
@@ -19,6 +19,7 @@ struct GradientQParams {
   const int *state_units, *moment_units;
   Gates gates;
   RowFactors rows;
+  __half *row_values; /* −ΔD for the moments of the state gradient */
   Maxima maxima;
   int has_state, normalize;
 };
@@ -110,10 +111,10 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
 #pragma unroll 1
       for (int tile = last_tile; tile >= 0; tile--) {
         const uint32_t slot = stages_smem + at.slot * T::STAGE_BYTES, full = ring.full(at.slot);
-        ring.acquire(at, (D_TILES + E_TILES) * TILE_BYTES + 256);
+        ring.acquire(at, (D_TILES + E_TILES) * TILE_BYTES + TILE_FACTORS * 4);
         bulk_load(slot, p.k + (k_tile + tile) * D_TILES * 4096, D_TILES * TILE_BYTES, full);
         bulk_load(slot + D_TILES * TILE_BYTES, p.v + (k_tile + tile) * E_TILES * 4096, E_TILES * TILE_BYTES, full);
-        bulk_load(slot + (D_TILES + E_TILES) * TILE_BYTES, p.gates.tile_decay + (k_tile + tile) * TILE, 256, full);
+        bulk_load(slot + (D_TILES + E_TILES) * TILE_BYTES, p.gates.tile_decay + (k_tile + tile) * TILE_FACTORS, TILE_FACTORS * 4, full);
         at.advance();
       }
     }
@@ -125,9 +126,10 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
     const uint32_t q_rows = rows_smem + group * D_TILES * TILE_BYTES, dy_rows = rows_smem + (2 * D_TILES + group * E_TILES) * TILE_BYTES;
     const int64_t q_row = (q_tile + own_tile) * TILE + row, k_row = (k_tile + own_tile) * TILE + row;
     const int dy_exponent = scaling_exponent(p.maxima.dy[kv], DY_RANGE), v_exponent = scaling_exponent(p.maxima.v[kv], V_RANGE);
-    float h[2], delta[2], dq[PADDED_D / 2];
+    float h[2], delta[2], chunk_decay[2], row_prefix[2], dq[PADDED_D / 2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
+      chunk_decay[r] = exp2f(p.gates.chunk_prefix[k_row + 8 * r]), row_prefix[r] = p.gates.tile_prefix[k_row + 8 * r];
       h[r] = p.rows.h[q_row + 8 * r] * float(1 << DS_SHIFT);
       delta[r] = p.normalize ? p.rows.delta[q_row + 8 * r] * power_of_two(dy_exponent) * power_of_two(v_exponent) : 0.f;
     }
@@ -165,10 +167,11 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
           for (int r = 0; r < 2; r++)
             contraction.slot(lane, r, n) = make_float2(dq[4 * n + 2 * r] * delta[r] * unit, dq[4 * n + 2 * r + 1] * delta[r] * unit);
       }
-      float u[2][32];
+      constexpr int SETS = D_TILES + E_TILES == 4 ? 1 : 2;
+      float u[SETS][32];
       contraction.load_i(lane);
       RingPosition<T::STAGES> done = at;
-      pipeline_pairs(
+      pipeline_pairs<SETS>(
           p.z.pairs,
           [&](auto half) {
             ring.wait(at);
@@ -187,7 +190,7 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
           });
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const float factor = exp2f(p.gates.chunk_prefix[k_row + 8 * r]) * h[r] * power_of_two(state_unit);
+        const float factor = chunk_decay[r] * h[r] * power_of_two(state_unit);
 #pragma unroll
         for (int n = 0; n < PADDED_D / 8; n++) {
           const float2 dx = contraction.slot(lane, r, n);
@@ -224,12 +227,11 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
         pin(dp);
         pin(dq);
         const float *prefix = p.gates.tile_prefix + (k_tile + tile) * TILE;
-        const float row_prefix[2] = {p.gates.tile_prefix[k_row], p.gates.tile_prefix[k_row + 8]};
         score_gradients<DIAGONAL>(s, dp, ds, reach, delta, row_prefix, prefix, factors, lane);
         if constexpr (DIAGONAL) {
           reach[0] *= exp2_fast(row_prefix[0]), reach[1] *= exp2_fast(row_prefix[1]);
         } else {
-          const float decay = exp2_fast(p.gates.tile_sum[k_tile + tile]);
+          const float decay = __uint_as_float(load_shared_32(factors + TILE * 4));
           reach[0] *= decay, reach[1] *= decay;
         }
         pin(ds);
@@ -256,8 +258,25 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
       for (; tile >= 0; tile--) attend_tile(std::false_type{}, tile);
     }
 
+    /* ½ <q~, dq~> = Σ_j P/den <D, v^> − ΔD: the error of ΔD, which came from a rounded y. Corrected for dk and the gates, whose sums over
+     * rows it would dominate. Without normaliser ΔD is 0 and this is the row's part of the gate gradient. */
     const float unit = power_of_two(-DS_SHIFT - dy_exponent) * power_of_two(-v_exponent);
-    const float factor[2] = {p.rows.q_scale[q_row] * unit, p.rows.q_scale[q_row + 8] * unit};
+    float factor[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      float dot = 0.f;
+#pragma unroll
+      for (int n = 0; n < PADDED_D / 8; n++) {
+        const float2 q = Pair<__half>::unpack(load_shared_32(q_rows + (n / 8) * TILE_BYTES + swizzled(row + 8 * r, n % 8) + lane.quad * 4));
+        dot += q.x * dq[4 * n + 2 * r] + q.y * dq[4 * n + 2 * r + 1];
+      }
+      const float exact = delta[r] + 0.5f * quad_sum(dot) / (1 << DS_SHIFT);
+      if (lane.quad == 0) {
+        p.rows.delta[q_row + 8 * r] = exact * power_of_two(-dy_exponent) * power_of_two(-v_exponent);
+        if (p.normalize) p.row_values[q_row + 8 * r] = __float2half(-exact);
+      }
+      factor[r] = p.rows.q_scale[q_row + 8 * r] * unit;
+    }
     named_barrier_sync(CONSUMER + group, 128); /* every warp has done with the queries, whose rows now take dq */
     write_rows<Out, PADDED_D>(dq, factor, q_rows, p.dq, batch * p.dq.batch + own * p.dq.head, chunk * p.z.chunk + own_tile * TILE, p.z.t, p.z.d,
                               lane);

@@ -30,10 +30,9 @@ class Arena {
 inline Gates take_gates(Arena &arena, const Sizes &z) {
   const int64_t heads = int64_t(z.b) * z.h_kv, tokens = heads * z.tokens;
   Gates g;
-  g.tile_prefix = arena.take<float>(tokens), g.tile_decay = arena.take<float>(tokens);
+  g.tile_prefix = arena.take<float>(tokens), g.tile_decay = arena.take<float>(heads * z.tiles * TILE_FACTORS);
   g.chunk_prefix = arena.take<float>(tokens), g.chunk_decay = arena.take<float>(tokens);
-  g.tile_sum = arena.take<float>(heads * z.tiles), g.chunk_sum = arena.take<float>(heads * z.chunks);
-  g.chunk_weight = arena.take<float>(heads * z.chunks);
+  g.chunk_sum = arena.take<float>(heads * z.chunks), g.chunk_weight = arena.take<float>(heads * z.chunks);
   return g;
 }
 constexpr int MAXIMA = 5;

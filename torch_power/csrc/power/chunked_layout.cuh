@@ -27,14 +27,15 @@ struct View {
   int64_t batch, time, head, feature;
 };
 
-/* Gate sums, base-2 logarithms unless said otherwise, [head][tokens padded to tiles] and [head][tiles] or [head][chunks].
+/* Gate sums, base-2 logarithms unless said otherwise, [head][tokens padded to tiles] and [head][chunks].
  * Nothing is a difference of long sums: strong decay keeps its digits (contract, "Chunked algorithm"). */
+constexpr int TILE_FACTORS = TILE + 4; /* a multiple of 16 bytes, for the copy engine */
+
 struct Gates {
   float *tile_prefix;  /* sum over the tile up to and with the token */
-  float *tile_decay;   /* 2^(sum after the token to the tile's end) */
+  float *tile_decay;   /* [head][tiles][TILE_FACTORS]: 2^(sum after the token to the tile's end), and behind them 2^(tile's sum) */
   float *chunk_prefix; /* sum over the chunk up to and with the token */
   float *chunk_decay;  /* 2^(sum after the token to the chunk's end): a key's weight in the chunk's update */
-  float *tile_sum;
   float *chunk_sum;
   float *chunk_weight; /* Σ over the chunk of chunk_decay: bounds what the chunk adds to a state */
 };

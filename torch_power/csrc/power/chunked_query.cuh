@@ -31,7 +31,7 @@ struct QueryTiles {
   static constexpr int D_TILES = PADDED_D / 64, E_TILES = PADDED_E / 64, ROW_TILES = query_row_tiles(PADDED_D, PADDED_E);
   static constexpr int SCORE_EXPONENT = score_exponent(PADDED_D);
   static constexpr int ROWS = 2 * ROW_TILES * TILE, ROW_HALVES = D_TILES > E_TILES ? D_TILES : E_TILES;
-  static constexpr int STAGE_BYTES = (D_TILES + E_TILES) * TILE_BYTES + 1024; /* and 64 gate factors */
+  static constexpr int STAGE_BYTES = (D_TILES + E_TILES) * TILE_BYTES + 1024; /* and TILE_FACTORS */
   static constexpr int STAGES = STAGE_BYTES > 32768 ? 4 : 6;
   static constexpr int ROWS_BYTES = ROWS * 128 * ROW_HALVES;
   static constexpr int SMEM_BYTES = 1024 + ROWS_BYTES + STAGES * STAGE_BYTES + Ring<STAGES>::BYTES + 2 * ROWS * 4;
@@ -170,10 +170,10 @@ __global__ void __launch_bounds__(384, 1) query_kernel(const __grid_constant__ Q
       }
       for (int tile = last_tile; tile >= 0; tile--) {
         const uint32_t slot = stages_smem + at.slot * T::STAGE_BYTES, full = ring.full(at.slot);
-        ring.acquire(at, (D_TILES + E_TILES) * TILE_BYTES + 256);
+        ring.acquire(at, (D_TILES + E_TILES) * TILE_BYTES + TILE_FACTORS * 4);
         bulk_load(slot, p.k + (chunk_tile + tile) * D_TILES * 4096, D_TILES * TILE_BYTES, full);
         bulk_load(slot + D_TILES * TILE_BYTES, p.v + (chunk_tile + tile) * E_TILES * 4096, E_TILES * TILE_BYTES, full);
-        bulk_load(slot + (D_TILES + E_TILES) * TILE_BYTES, p.gates.tile_decay + (chunk_tile + tile) * TILE, 256, full);
+        bulk_load(slot + (D_TILES + E_TILES) * TILE_BYTES, p.gates.tile_decay + (chunk_tile + tile) * TILE_FACTORS, TILE_FACTORS * 4, full);
         at.advance();
       }
     }
@@ -198,6 +198,14 @@ __global__ void __launch_bounds__(384, 1) query_kernel(const __grid_constant__ Q
     named_barrier_sync(CONSUMER + group, 128); /* all 64 rows of each tile */
 
     if (has_state) {
+      /* Loads that the end of this part needs are started here: there each would be waited for. */
+      const float state_factor = power_of_two(p.state_units[chunk * heads + kv] + PS);
+      const float moment_factor = power_of_two(p.moment_units[chunk * heads + kv] + PS);
+      float decay[ROW_TILES][2];
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) decay[m][r] = exp2f(p.gates.chunk_prefix[(chunk_tile + own_tile + m) * TILE + row + 8 * r]);
       /* Normaliser: (Q^ M) · Q^. */
       {
         float qm[ROW_TILES][PADDED_D / 2];
@@ -264,15 +272,13 @@ __global__ void __launch_bounds__(384, 1) query_kernel(const __grid_constant__ Q
       }
       wgmma_wait<0>();
       ring.release(undrained);
-      const int state_unit = p.state_units[chunk * heads + kv] + PS, moment_unit = p.moment_units[chunk * heads + kv] + PS;
 #pragma unroll
       for (int m = 0; m < ROW_TILES; m++) {
         pin(acc[m]);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-          const float prefix = p.gates.chunk_prefix[(chunk_tile + own_tile + m) * TILE + row + 8 * r];
-          const float factor = exp2f(prefix) * power_of_two(state_unit);
-          den[m][r] *= exp2f(prefix) * power_of_two(moment_unit);
+          const float factor = decay[m][r] * state_factor;
+          den[m][r] *= decay[m][r] * moment_factor;
 #pragma unroll
           for (int n = 0; n < PADDED_E / 8; n++) acc[m][4 * n + 2 * r] *= factor, acc[m][4 * n + 2 * r + 1] *= factor;
         }
@@ -336,7 +342,7 @@ __global__ void __launch_bounds__(384, 1) query_kernel(const __grid_constant__ Q
             round_weights(scores[m], weights[m], lift);
           } else {
             weigh_scores(scores[m], den[m], reach[m], factors, lane);
-            const float one[2] = {1.f, 1.f}, decay = exp2_fast(p.gates.tile_sum[chunk_tile + tile]);
+            const float one[2] = {1.f, 1.f}, decay = __uint_as_float(load_shared_32(factors + TILE * 4));
             round_weights(scores[m], weights[m], one);
             reach[m][0] *= decay, reach[m][1] *= decay;
           }

@@ -17,6 +17,7 @@ template <typename In>
 __device__ void measure_rows(const View &x, int64_t head_offset, int first, int last, int columns, unsigned *result) {
   const int pieces = columns / 8;
   float largest = 0.f;
+#pragma unroll 4
   for (int i = threadIdx.x; i < (last - first) * pieces; i += MEASURE_THREADS) {
     const int row = i / pieces, piece = i - row * pieces;
     largest = fmaxf(largest, largest_of<In>(load_piece<In>(x, head_offset + (first + row) * x.time, piece * 8, columns)));
@@ -78,12 +79,13 @@ __device__ inline void sum_gates(const Sizes &z, const View &log_g, const Gates 
     for (int i = 0; i < tile; i++) before += tile_sum[i];
     for (int i = z.chunk_tiles - 1; i > tile; i--) after += tile_sum[i];
     *reinterpret_cast<float2 *>(gates.tile_prefix + at) = make_float2(prefix0, prefix1);
-    *reinterpret_cast<float2 *>(gates.tile_decay + at) = make_float2(exp2f(suffix0), exp2f(suffix1));
+    float *factors = gates.tile_decay + (int64_t(head) * z.tiles + chunk * z.chunk_tiles + tile) * TILE_FACTORS;
+    *reinterpret_cast<float2 *>(factors + 2 * lane) = make_float2(exp2f(suffix0), exp2f(suffix1));
+    if (lane < TILE_FACTORS - TILE) factors[TILE + lane] = exp2f(tile_sum[tile]);
     *reinterpret_cast<float2 *>(gates.chunk_prefix + at) = make_float2(before + prefix0, before + prefix1);
     const float w0 = exp2f(suffix0 + after), w1 = exp2f(suffix1 + after);
     *reinterpret_cast<float2 *>(gates.chunk_decay + at) = make_float2(w0, w1);
     weights += (token < z.t ? w0 : 0.f) + (token + 1 < z.t ? w1 : 0.f);
-    if (lane == 0) gates.tile_sum[head * z.tiles + chunk * z.chunk_tiles + tile] = tile_sum[tile];
   }
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) weights += __shfl_xor_sync(~0u, weights, offset);

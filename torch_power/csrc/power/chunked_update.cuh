@@ -21,13 +21,14 @@ struct UpdateParams {
   const __half *rows, *transposed, *values; /* staged x, w·x transposed, y; `group` heads of x per state head */
   const __half *row_values;                 /* backward: −dy^·y^ per token, the moments' "value"; null means 1 */
   int group, reverse;
-  const float *chunk_sum, *chunk_weight; /* [state head][chunk], [head of x][chunk] */
+  const float *chunk_sum, *weight; /* [state head][chunk]; [head of x][chunk][weight_parts], to be added up */
+  int weight_parts;
   __half *states, *moments;
   int *state_units, *moment_units; /* [chunk][state head] */
   const float *s_in, *z_in;        /* public layout: the first state, or null */
   float *s_out, *z_out;            /* public layout: the last state, or null */
   Maxima maxima;
-  int state_bits, moment_bits; /* entries grow by at most 2^bits a unit of chunk_weight */
+  int state_bits, moment_bits; /* entries grow by at most 2^bits a unit of weight */
   int weight_shift;            /* backward: the query weights are 2^weight_shift too large */
 };
 
@@ -72,20 +73,33 @@ __device__ __forceinline__ void write_state(float (&acc)[32 * TILES], float fact
   if ((threadIdx.x & 127) == 0) bulk_store(gmem, out, TILES * TILE_BYTES), bulk_commit();
 }
 
-/* The scan over chunks, the same for both kinds of block: `store(chunk, bound)` before a chunk, `accumulate(parity)` per tile. */
+/* Decay of a chunk, and the bound of what its tokens add (the same in every lane). */
+__device__ __forceinline__ float2 chunk_factors(const UpdateParams &p, int head, int chunk, int lane) {
+  float weight = 0.f;
+  for (int member = 0; member < p.group; member++)
+    for (int i = lane; i < p.weight_parts; i += 32) weight += p.weight[(int64_t(head * p.group + member) * p.z.chunks + chunk) * p.weight_parts + i];
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) weight += __shfl_xor_sync(~0u, weight, offset);
+  return make_float2(exp2f(p.chunk_sum[head * p.z.chunks + chunk]), weight);
+}
+
+/* The scan over chunks, the same for both kinds of block: `store(chunk, bound)` before a chunk, `accumulate(slot, half, undrained)` per tile.
+ * Returns the decay over all chunks. */
 template <int STAGES, int N, class Store, class Accumulate>
-__device__ __forceinline__ void scan_chunks(const UpdateParams &p, const Ring<STAGES> &ring, float (&acc)[N], int head, float bound, bool has_first,
-                                            Store store, Accumulate accumulate) {
+__device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring<STAGES> &ring, float (&acc)[N], int head, float bound, bool has_first,
+                                             int lane, Store store, Accumulate accumulate) {
   RingPosition<STAGES> at;
   int undrained = -1; /* slot of the tile before, whose product may still run */
+  float total_decay = 1.f;
+  float2 factors = chunk_factors(p, head, p.reverse ? p.z.chunks - 1 : 0, lane);
+#pragma unroll 1
   for (int step = 0; step < p.z.chunks; step++) {
     const int chunk = p.reverse ? p.z.chunks - 1 - step : step;
     if (step > 0 || has_first) store(chunk, bound);
-    const float decay = exp2f(p.chunk_sum[head * p.z.chunks + chunk]);
-    bound *= decay;
-    for (int member = 0; member < p.group; member++) bound += p.chunk_weight[(head * p.group + member) * p.z.chunks + chunk];
+    bound = bound * factors.x + factors.y, total_decay *= factors.x;
 #pragma unroll
-    for (int i = 0; i < N; i++) acc[i] *= decay;
+    for (int i = 0; i < N; i++) acc[i] *= factors.x;
+    if (step + 1 < p.z.chunks) factors = chunk_factors(p, head, p.reverse ? chunk - 1 : chunk + 1, lane); /* arrives during the tiles */
 #pragma unroll 1
     for (int tile = 0; tile < p.group * p.z.chunk_tiles; tile += 2) {
 #pragma unroll
@@ -101,6 +115,7 @@ __device__ __forceinline__ void scan_chunks(const UpdateParams &p, const Ring<ST
     ring.release(undrained);
     undrained = -1;
   }
+  return total_decay;
 }
 
 /* The loading warp. Every lane owns at most one copy a tile, its addresses worked out once: a single lane that issued them all and found its
@@ -179,32 +194,29 @@ __global__ void __launch_bounds__((UPDATE_GROUPS + 1) * 128, 1) update_state_ker
 
     if (moments) {
       float acc[PADDED_D / 2];
-      /* rows: features 64·group + row; columns: all features. Gradients arrive and leave for I ≤ J only: see below. */
-      auto z_index = [&](int x, int y, int64_t &index, bool &diagonal) {
-        const int tile_x = x / 8, tile_y = y / 8;
-        diagonal = tile_x == tile_y;
-        index = head * state_rows + int64_t(public_pair(min(tile_x, tile_y), max(tile_x, tile_y), p.z.feature_tiles)) * 64 +
-                (tile_x <= tile_y ? (x % 8) * 8 + y % 8 : (y % 8) * 8 + x % 8);
-      };
+      /* Moments of features x (rows: 64·group + row) and y (columns), from and to the public z, which has I ≤ J only; of a diagonal block,
+       * whose (α, β) and (β, α) meet the same q_α q_β, the symmetric half, to which the other half is added when z leaves. A gradient of z is
+       * of one of its rows; moments off the diagonal count such a row twice. */
+      const float *z_in = p.z_in == nullptr ? nullptr : p.z_in + head * state_rows;
+      float *z_out = p.z_out == nullptr ? nullptr : p.z_out + head * state_rows;
+      const float in_factor = power_of_two(z_exponent), out_factor = power_of_two(-z_exponent), rows_of_off_diagonal = p.reverse ? 2.f : 1.f;
+      auto z_row = [&](int x, int y) { return public_pair(x / 8, y / 8, p.z.feature_tiles) * 64 + (x % 8) * 8 + y % 8; };
       auto each = [&](auto visit) {
 #pragma unroll
-        for (int i = 0; i < PADDED_D / 2; i++)
+        for (int i = 0; i < PADDED_D / 2; i++) {
           visit(acc[i], group * 64 + row + ((i & 2) ? 8 : 0), (i / 4) * 8 + lane.quad * 2 + (i & 1));
+          if (i % 4 == 3) asm volatile("" ::: "memory"); /* four loads at a time, or their addresses spill */
+        }
       };
-      const float in_factor = power_of_two(z_exponent), out_factor = power_of_two(-z_exponent);
       each([&](float &value, int x, int y) {
         value = 0.f;
-        if (p.z_in == nullptr || x >= p.z.d || y >= p.z.d) return;
-        int64_t index;
-        bool diagonal;
-        z_index(x, y, index, diagonal);
-        value = p.z_in[index] * in_factor;
-        /* a gradient of z is one of its rows; the moments count a row (I < J) twice, and (α, β) of a diagonal block both ways */
-        if (p.reverse) value = 0.5f * (diagonal ? value + p.z_in[index - (x % 8) * 8 - y % 8 + (y % 8) * 8 + x % 8] * in_factor : value);
+        if (z_in == nullptr || x >= p.z.d || y >= p.z.d) return;
+        value = x / 8 == y / 8 ? 0.5f * (z_in[z_row(x, y)] + z_in[z_row(y, x)]) : z_in[x < y ? z_row(x, y) : z_row(y, x)] / rows_of_off_diagonal;
+        value *= in_factor;
       });
       const float first_bound = p.z_in == nullptr ? 0.f : __uint_as_float(p.maxima.z[head]) * in_factor * power_of_two(-p.moment_bits);
-      scan_chunks(
-          p, ring, acc, head, first_bound, p.z_in != nullptr,
+      const float total_decay = scan_chunks(
+          p, ring, acc, head, first_bound, p.z_in != nullptr, lane.lane,
           [&](int chunk, float bound) {
             const int unit = state_unit(bound, p.moment_bits);
             if (threadIdx.x == 0) p.moment_units[chunk * heads + head] = unit;
@@ -234,35 +246,39 @@ __global__ void __launch_bounds__((UPDATE_GROUPS + 1) * 128, 1) update_state_ker
               Wgmma<PADDED_D, __half>::template rs<MN_MAJOR>(acc, a[half][step], b + descriptor_offset(step * 2048), 1);
             wgmma_commit();
           });
-      if (p.z_out != nullptr)
+      if (z_out != nullptr)
         each([&](float &value, int x, int y) {
           if (x >= p.z.d || y >= p.z.d || x / 8 > y / 8) return;
-          int64_t index;
-          bool diagonal;
-          z_index(x, y, index, diagonal);
-          p.z_out[index] = value * out_factor * (p.reverse && !diagonal ? 2.f : 1.f);
+          const bool diagonal = x / 8 == y / 8;
+          const float other_half = diagonal && z_in != nullptr ? 0.5f * (z_in[z_row(x, y)] - z_in[z_row(y, x)]) * total_decay : 0.f;
+          z_out[z_row(x, y)] = value * out_factor * (diagonal ? 1.f : rows_of_off_diagonal) + other_half;
         });
     } else {
       float acc[PADDED_E / 2];
       int tile_i, tile_j;
       pair_tiles(first_pair + group, tile_i, tile_j);
       const float multiplicity = tile_i == tile_j ? 1.f : 2.f;
-      const int64_t first_row = head * state_rows + int64_t(public_pair(tile_i, tile_j, p.z.feature_tiles)) * 64;
+      const int first_row = public_pair(tile_i, tile_j, p.z.feature_tiles) * 64 + row;
+      const float *s_in = p.s_in == nullptr ? nullptr : p.s_in + head * state_rows * p.z.e;
+      float *s_out = p.s_out == nullptr ? nullptr : p.s_out + head * state_rows * p.z.e;
       auto each = [&](auto visit) {
 #pragma unroll
-        for (int i = 0; i < PADDED_E / 2; i++) visit(acc[i], row + ((i & 2) ? 8 : 0), (i / 4) * 8 + lane.quad * 2 + (i & 1));
+        for (int i = 0; i < PADDED_E / 2; i++) {
+          visit(acc[i], first_row + ((i & 2) ? 8 : 0), (i / 4) * 8 + lane.quad * 2 + (i & 1));
+          if (i % 4 == 3) asm volatile("" ::: "memory");
+        }
       };
       /* A gradient that arrives is of the public rows; accumulators are without multiplicity, which the query puts on them. */
       const float in_factor = power_of_two(s_exponent) / (p.reverse ? multiplicity : 1.f);
       const float out_factor = power_of_two(-s_exponent) * (p.reverse ? multiplicity : 1.f);
       each([&](float &value, int r, int column) {
-        value = p.s_in != nullptr && column < p.z.e ? p.s_in[(first_row + r) * p.z.e + column] * in_factor : 0.f;
+        value = s_in != nullptr && column < p.z.e ? s_in[r * p.z.e + column] * in_factor : 0.f;
       });
       const float first_bound =
           p.s_in == nullptr ? 0.f : __uint_as_float(p.maxima.s[head]) * power_of_two(s_exponent) * power_of_two(-p.state_bits);
       const int j_half = tile_j / 8, j_piece = tile_j % 8;
       scan_chunks(
-          p, ring, acc, head, first_bound, p.s_in != nullptr,
+          p, ring, acc, head, first_bound, p.s_in != nullptr, lane.lane,
           [&](int chunk, float bound) {
             const int unit = state_unit(bound, p.state_bits);
             if (blockIdx.x == 0 && threadIdx.x == 0) p.state_units[chunk * heads + head] = unit;
@@ -299,9 +315,9 @@ __global__ void __launch_bounds__((UPDATE_GROUPS + 1) * 128, 1) update_state_ker
             wgmma_wait<1>();
             if (undrained >= 0) ring.release(undrained);
           });
-      if (p.s_out != nullptr)
+      if (s_out != nullptr)
         each([&](float &value, int r, int column) {
-          if (column < p.z.e) p.s_out[(first_row + r) * p.z.e + column] = value * out_factor;
+          if (column < p.z.e) s_out[r * p.z.e + column] = value * out_factor;
         });
     }
     if ((threadIdx.x & 127) == 0) bulk_wait<0>();
