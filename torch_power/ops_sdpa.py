@@ -162,9 +162,10 @@ class Sdpa(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, _):
-        bias_grad = ctx.saved_tensors[3] is not None and ctx.needs_input_grad[3]
+        saved = ctx.saved_tensors  # unpacked once: checkpointing makes them again at each access
+        bias_grad = saved[3] is not None and ctx.needs_input_grad[3]
         dq, dk, dv, dbias = SdpaBackward.apply(
-            *ctx.saved_tensors, dout, ctx.causal, ctx.scale, ctx.dropout_p, bias_grad, ctx.implementation
+            *saved, dout, ctx.causal, ctx.scale, ctx.dropout_p, bias_grad, ctx.implementation
         )
         return dq, dk, dv, dbias if bias_grad else None, None, None, None, None, None, None
 

@@ -78,15 +78,15 @@ def scaled_dot_product_attention(
     seed = torch.randint(2**63 - 1, (q.shape[0],), device=q.device) if dropout_p > 0 else None
     out, _ = ops_sdpa.Sdpa.apply(q, k, v, bias, mask, seed, is_causal, scale, dropout_p, name)
     out = out.to(value.dtype).reshape(*leading, *out.shape[2:])
-    # Like PyTorch's fused kernels, four axes come stored [b, t, h, e], where heads merge without a copy; others in
-    # order.
-    return out if len(leading) == 2 else out.contiguous()
+    # As PyTorch's function does, keep queries stored [b, t, h, d] in that order: heads then merge without a copy.
+    heads_last = query.ndim == 4 and query.stride(1) < query.stride(2)
+    return out if heads_last else out.contiguous()
 
 
 def _autocast(*arrays: Tensor | None) -> list[Tensor | None]:
     """Under `torch.autocast`, floating tensors but float64 in the autocast dtype, as for PyTorch's own function."""
     device = arrays[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(arrays)
     dtype = torch.get_autocast_dtype(device)
     return [x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype) for x in arrays]
@@ -106,7 +106,10 @@ def _four_axes(
         spec_sdpa.broadcast_shapes(operands[0].shape[:-3], operands[1].shape[:-3]), operands[2].shape[:-3]
     )
     h_q = heads[0] if enable_gqa else next((h for h in heads if h != 1), 1)
-    h_kv = math.lcm(*heads[1:]) if enable_gqa else (1 if heads[1:] == [1, 1] and h_q > 0 else h_q)
+    if enable_gqa:
+        h_kv = heads[1] if heads[1] == heads[2] else math.lcm(heads[1], heads[2])
+    else:
+        h_kv = 1 if heads[1:] == [1, 1] and h_q > 0 else h_q
     wanted = (h_q, h_kv, h_kv)
     # Only grouped-query calls whose keys and values differ in heads, both more than one, have anything to repeat.
     operands = [
