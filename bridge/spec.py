@@ -403,12 +403,7 @@ class Choice:
         Raises:
           ValueError: a name is not one of this package's implementations.
         """
-        names = (names,) if isinstance(names, str) else names if names is None else tuple(names)
-        for name in names or ():
-            self._check_name(name, self.names())
-        if names == ():
-            raise ValueError(f"implementation=(): expected at least one of {', '.join(map(repr, self.names()))}, or None")
-        token = self._in_force.set(names)
+        token = self._in_force.set(None if names is None else _checked_names(names, self.names()))
         try:
             yield
         finally:
@@ -423,12 +418,7 @@ class Choice:
         """
         table = self._tables[operation]
         asked = implementation if implementation is not None else self.in_force()
-        if asked is None:
-            candidates = tuple(table)
-        else:
-            candidates = (asked,) if isinstance(asked, str) else tuple(asked)
-            for name in candidates:
-                self._check_name(name, tuple(table))
+        candidates = tuple(table) if asked is None else _checked_names(asked, tuple(table))
         reasons = {}
         for name in candidates:
             reason = table[name].supports(call, device)
@@ -440,7 +430,14 @@ class Choice:
         told = "; ".join(f"implementation={name!r} cannot serve this call: {reason}" for name, reason in reasons.items())
         raise NotImplementedError(f"{operation}: {told}{instead}")
 
-    @staticmethod
-    def _check_name(name: Any, allowed: Sequence[str]) -> None:
+
+def _checked_names(names: Any, allowed: Sequence[str]) -> tuple[str, ...]:
+    """One name or several as a tuple; raise unless there is at least one and all are among those allowed."""
+    expected = f"expected one of {', '.join(map(repr, allowed))}, or None"
+    if not isinstance(names, str | list | tuple):
+        raise TypeError(f"implementation={names!r}: {expected}, got {type(names).__name__}")
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names or [()]:
         if name not in allowed:
-            raise ValueError(f"implementation={name!r}: expected one of {', '.join(map(repr, allowed))}, or None")
+            raise ValueError(f"implementation={name!r}: {expected}")
+    return names

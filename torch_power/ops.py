@@ -168,9 +168,14 @@ class PowerAttention(torch.autograd.Function):
 
     generate_vmap_rule = True
 
+    # Every argument by name: torch.compile counts them to tell this signature from one that takes a context.
     @staticmethod
-    def forward(q, k, v, log_g, s0, z0, *options):
-        return power_attention(q, k, v, log_g, s0, z0, *options)
+    def forward(
+        q, k, v, log_g, s0, z0, deg, scale, causal, normalize, form, chunk_size, return_state, implementation
+    ):  # fmt: skip
+        return power_attention(
+            q, k, v, log_g, s0, z0, deg, scale, causal, normalize, form, chunk_size, return_state, implementation
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -2,8 +2,8 @@
 
 Inside, arrays are laid out chunk first, then heads, queries grouped by the key-value head they read:
 q [n, b, h_kv, group, c, d], k [n, b, h_kv, c, d], and v1 = [v 1] [n, b, h_kv, c, e + 1], whose last column makes the
-normaliser one more value. A state is [b, h_kv, D, e + 1], z its last column. All arithmetic is in `call.compute_dtype`. The last chunk is filled up with zeros,
-whose weights are 0 (p ≥ 1) and whose gates are 1.
+normaliser one more value. A state is [b, h_kv, D, e + 1], z its last column. All arithmetic is in `call.compute_dtype`.
+The last chunk is filled up with zeros, whose weights are 0 (p ≥ 1) and whose gates are 1.
 
 The attention form adds the quadratic sum block by block; the chunked form does so inside chunks only, and lets a state
 carry what came before. The backward pass recomputes scores and states, so that a forward pass keeps y and norm alone.

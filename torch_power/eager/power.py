@@ -48,7 +48,7 @@ def forward(
     num, norm = sums[..., :-1], sums[..., -1:]
     y = torch.where(norm == 0, 0.0, num / torch.where(norm == 0, 1.0, norm)) if call.normalize else num
     s, z = (None, None) if state is None else (state[..., :-1].contiguous(), state[..., -1].contiguous())
-    return _tokens_first(y), _tokens_first(norm)[..., 0], s, z
+    return _tokens_first(y), _tokens_first(norm)[..., 0].contiguous(), s, z
 
 
 def backward(
@@ -74,11 +74,11 @@ def backward(
     dq = dq * x.scale[0] * x.scale[1]
     return (
         _tokens_first(dq).to(q.dtype),
-        dk.movedim(1, 2).to(k.dtype),
-        dv1[..., :-1].movedim(1, 2).to(v.dtype),
-        None if log_g is None else dlog_g.movedim(1, 2).to(log_g.dtype),
-        None if s0 is None else dstate0[..., :-1].to(s0.dtype),
-        None if z0 is None else dstate0[..., -1].to(z0.dtype),
+        dk.movedim(1, 2).to(k.dtype).contiguous(),
+        dv1[..., :-1].movedim(1, 2).to(v.dtype).contiguous(),
+        None if log_g is None else dlog_g.movedim(1, 2).to(log_g.dtype).contiguous(),
+        None if s0 is None else dstate0[..., :-1].to(s0.dtype).contiguous(),
+        None if z0 is None else dstate0[..., -1].to(z0.dtype).contiguous(),
     )
 
 
@@ -110,7 +110,7 @@ def _heads_first(call: spec.PowerCall, x: Tensor) -> Tensor:
 
 def _tokens_first(x: Tensor) -> Tensor:
     """[b, h_kv, group, t, n] → [b, t, h_q, n]."""
-    return x.movedim(3, 1).flatten(2, 3)
+    return x.movedim(3, 1).flatten(2, 3).contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:
