@@ -8,11 +8,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV312 ?= .venv312
+WORKERS ?= 2
 PYTEST_ARGS ?=
 VALIDATE_ARGS ?=
 
 export PYTHONPATH := $(CURDIR)
 
+# Each worker takes one end of the list: neighbouring tests share what JAX has compiled
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist worksteal
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-input --progress-bar off
 # Prints the requirements of the named extras, so that they can be installed before the project itself is built
 REQUIREMENTS := -c 'import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
@@ -52,7 +55,7 @@ validate: $(READY)
 	$(PY) -m bridge.validate $(VALIDATE_ARGS)
 
 test: $(READY)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) $(PYTEST) $(PYTEST_ARGS)
 
 test-gpu: $(READY)
 	$(PY) -m pytest tests/gpu $(PYTEST_ARGS)
@@ -77,7 +80,7 @@ PYTHON312 ?= $(shell for p in python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/version
 test-jax312:
 	@python312="$(PYTHON312)"; if [ -n "$$python312" ]; then \
 		$(MAKE) --no-print-directory PYTHON312="$$python312" $(VENV312)/.project && \
-		$(VENV312)/bin/python -m pytest $(PYTEST_ARGS); \
+		$(VENV312)/bin/python $(PYTEST) $(PYTEST_ARGS); \
 	else echo "SKIPPED: the Python 3.12 leg, since no working python3.12 was found (PYTHON312=/path/to/python3.12 names one)"; fi
 
 $(VENV312)/.project: pyproject.toml constraints-py312.txt
