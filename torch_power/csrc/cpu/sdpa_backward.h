@@ -80,7 +80,7 @@ template <class T> struct SdpaBackward {
     for (int64_t row = 0; row < keys; ++row)
       for (int64_t i = visible.first_lane<T>(row); i < lanes; i += kLanes<T>) {
         T *at = w.stripe + row * ld + i, *dat = w.dstripe + row * ld + i;
-        Vec<T> p = exp(load(at) - load(w.lse + i)), dp = load(dat), kept = p;
+        Vec<T> p = exp_nonpositive(load(at) - load(w.lse + i)), dp = load(dat), kept = p;
         if (shape.dropout_p > 0) {
           Vec<T> keep = load(w.keep + row * ld + i);
           kept *= keep;

@@ -122,25 +122,37 @@ template <class T> struct SdpaForward {
   // stripe = exp(stripe − running maximum); the sum and what was accumulated so far move to the new maximum.
   void soften(Scratch &w, int64_t n, int64_t lanes, Visible visible) const {
     int64_t ld = z.lanes;
-    bool moved = false;
-    for (int64_t i = 0; i < lanes; i += kLanes<T>) {
-      Vec<T> old = load(w.largest + i), top = old;
-      int64_t keys = visible.offset <= -n ? n : visible.keys(i / kTileM<T> * kTileM<T> + kTileM<T>, n);
-      for (int64_t j = 0; j < keys; ++j) top = maximum<T>(top, load(w.stripe + j * ld + i));
-      // A row that has seen no key has maximum −inf; exp(−inf − 0) = 0 is then what its weights should be.
-      Vec<T> from = select<T>(top == kMinusInfinity<T>, Vec<T>{}, top);
-      Vec<T> factor = exp(old - from), total = load(w.sum + i) * factor;
+    Mask<T> moved = {};
+    for (int64_t i = 0; i < lanes; i += kTileM<T>) {  // two vectors: a cache line or two of every row
+      int64_t keys = visible.offset <= -n ? n : visible.keys(i + kTileM<T>, n);
+      T *stripe = w.stripe + i, *stripe1 = stripe + kLanes<T>;
+      Vec<T> old0 = load(w.largest + i), old1 = load(w.largest + i + kLanes<T>), top0 = old0, top1 = old1;
       for (int64_t j = 0; j < keys; ++j) {
-        Vec<T> p = exp(load(w.stripe + j * ld + i) - from);
-        total += p;
-        store(w.stripe + j * ld + i, p);
+        top0 = maximum<T>(top0, load(stripe + j * ld));
+        top1 = maximum<T>(top1, load(stripe1 + j * ld));
       }
-      store(w.largest + i, top);
-      store(w.sum + i, total);
-      store(w.scale + i, factor);
-      for (int64_t lane = 0; lane < kLanes<T>; ++lane) moved |= factor[lane] != T(1);
+      // A row that has seen no key has maximum −inf; exp(−inf − 0) = 0 is then what its weights should be.
+      Vec<T> from0 = select<T>(top0 == kMinusInfinity<T>, Vec<T>{}, top0), from1 = select<T>(top1 == kMinusInfinity<T>, Vec<T>{}, top1);
+      Vec<T> factor0 = exp_nonpositive(old0 - from0), factor1 = exp_nonpositive(old1 - from1);
+      Vec<T> sum0 = load(w.sum + i) * factor0, sum1 = load(w.sum + i + kLanes<T>) * factor1;
+      for (int64_t j = 0; j < keys; ++j) {
+        Vec<T> p0 = exp_nonpositive(load(stripe + j * ld) - from0), p1 = exp_nonpositive(load(stripe1 + j * ld) - from1);
+        sum0 += p0;
+        sum1 += p1;
+        store(stripe + j * ld, p0);
+        store(stripe1 + j * ld, p1);
+      }
+      store(w.largest + i, top0);
+      store(w.largest + i + kLanes<T>, top1);
+      store(w.sum + i, sum0);
+      store(w.sum + i + kLanes<T>, sum1);
+      store(w.scale + i, factor0);
+      store(w.scale + i + kLanes<T>, factor1);
+      moved |= (factor0 != T(1)) | (factor1 != T(1));
     }
-    if (!moved) return;
+    bool any = false;
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) any |= moved[lane] != 0;
+    if (!any) return;
     for (int64_t c = 0; c < z.e; ++c)
       for (int64_t i = 0; i < lanes; i += kLanes<T>) store(w.out + c * ld + i, load(w.out + c * ld + i) * load(w.scale + i));
   }
