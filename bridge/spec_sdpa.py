@@ -21,7 +21,7 @@ CPP_DTYPES = {
 }  # fmt: skip
 
 # Dropout's random bits: Philox 4×32 (Salmon et al., 2011). Counter (key // 4, query, head, 0), key (low, high word of
-# the # batch element's seed); word `key % 4` decides on that key.
+# the batch element's seed); word `key % 4` decides on that key.
 PHILOX_ROUNDS = 7
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_STEPS = (0x9E3779B9, 0xBB67AE85)

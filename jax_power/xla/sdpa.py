@@ -30,7 +30,7 @@ from bridge.spec_sdpa import SdpaCall
 KEY_ROWS = 512
 TILE_SCORES = 2**20
 # Queries of a tile, so many that the tile holds `TILE_SCORES`, within these limits: fewer leave matrix products too
-# thin, # more make the causal diagonal, where half the work is thrown away, too wide.
+# thin, more make the causal diagonal, where half the work is thrown away, too wide.
 QUERY_ROWS = (64, 512)
 
 
