@@ -30,7 +30,7 @@ from bridge import cases, cases_sdpa, oracle_sdpa, spec
 
 EMBEDDING = 32
 ROTARY_BASE = 10000.0
-TEXT_LENGTHS = (256, 1024, 4096, 16384)
+TEXT_LENGTHS = (256, 1024, 2048, 4096, 16384)
 
 _SAFETENSORS_DTYPES = {
     "F16": np.dtype(np.float16),
@@ -150,7 +150,8 @@ def load(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: NumPy leaves a file open that turns out not to be an archive.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (zipfile.BadZipFile, ValueError, EOFError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not a whole .npz file: {_one_line(error)}") from error
@@ -214,9 +215,7 @@ class GivenSdpaCase(cases_sdpa.SdpaCase):
             part = {name: x[:, :, own if name in ("q", "dy") else slice(head, head + 1)] for name, x in arrays.items()}
             q, k, v, dy = (part[name] for name in ("q", "k", "v", "dy"))
             found = oracle_sdpa.sdpa(q, k, v, causal=self.causal, empty_rows=empty_rows)._asdict()
-            heads.append(
-                found | oracle_sdpa.sdpa_grads(q, k, v, dy=dy, causal=self.causal, empty_rows=empty_rows)._asdict()
-            )
+            heads.append(found | oracle_sdpa.sdpa_grads(q, k, v, dy=dy, causal=self.causal, empty_rows=empty_rows)._asdict())
         return {name: np.concatenate([x[name] for x in heads], 2) for name in heads[0] if heads[0][name] is not None}
 
 

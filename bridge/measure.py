@@ -135,11 +135,7 @@ MEMORY_METHOD = {
 
 def _meter(twin: str, device: str) -> Callable[[], Callable[[], int | None]]:
     """A function that starts measuring and returns the one that stops and gives bytes."""
-    return (
-        _resident_memory
-        if device == "cpu"
-        else {"jax_power": _jax_device_memory, "torch_power": _torch_device_memory}[twin]
-    )
+    return _resident_memory if device == "cpu" else {"jax_power": _jax_device_memory, "torch_power": _torch_device_memory}[twin]
 
 
 def _resident_memory() -> Callable[[], int | None]:
@@ -234,6 +230,4 @@ def _processor() -> str:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())

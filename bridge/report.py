@@ -83,10 +83,8 @@ def growth_lines(summary: Sequence[Row]) -> list[str]:
     lines = []
     for entry in summary:
         how = "measured"
-        if entry["extrapolated_from"] is not None:
-            how = f"extrapolated from t = {entry['extrapolated_from']} by t²"
-            if "attention_exponent" in entry:
-                how += f", measured t^{entry['attention_exponent']:.2f}"
+        if entry["extrapolated_from"]:
+            how = f"extrapolated from t = {', '.join(map(str, entry['extrapolated_from']))} by a·t + b·t²"
         line = (
             f"{entry['twin']}/{entry['implementation']}, t = {entry['t']}: "
             f"chunked {seconds_text(entry['chunked_seconds'])}, "
@@ -208,9 +206,10 @@ def page(found: Mapping[str, Any]) -> str:
         f"<style>{STYLE}</style><h1>Agreement of jax_power and torch_power</h1>",
         f"<p class='verdict{'' if verdict['holds'] else ' bad'}'>{html.escape(verdict_line(found))}</p>",
         _list([f"<b>{html.escape(name)}.</b> {html.escape(value)}" for name, value in facts]),
-        "<h2>Error against bound</h2>", _image(_plot_errors, found["rows"]),
-    ]  # fmt: skip
-    if found["growth"]["measured"]:
+    ]
+    if any(row["tensors"] for row in found["rows"]):
+        parts += ["<h2>Error against bound</h2>", _image(_plot_errors, found["rows"])]
+    if any(row["status"] == "ran" for row in found["growth"]["measured"]):
         parts += [
             "<h2>Time and memory against length</h2>",
             "<p>One sequence of text, 4 heads, d = e = 64, p = 2, gates, float32, forward and backward.</p>",
@@ -292,7 +291,7 @@ def _plot_growth(growth: Mapping[str, Any]) -> Figure:
         with_memory = [row for row in own if row["peak_bytes"] is not None]
         memory_axes.plot([row["t"] for row in with_memory], [row["peak_bytes"] / 2**20 for row in with_memory], **style)
     for entry in growth["summary"]:
-        if entry["extrapolated_from"] is not None:
+        if entry["extrapolated_from"]:
             color = COLORS.get(entry["twin"], "#555")
             time_axes.plot(entry["t"], entry["attention_seconds"], "o", markerfacecolor="none", color=color)
     _log_axes(time_axes, "seconds, forward and backward", ran)
