@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import matplotlib.ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -271,7 +272,7 @@ def _plot_errors(rows: Sequence[Row]) -> Figure:
     axes.set(xscale="log", xlabel="error / bound, every output and gradient", ylim=(len(groups) - 0.5, -0.5))
     axes.set_yticks(range(len(groups)), [" ".join(group[1:]) for group in groups], fontsize=8)
     axes.grid(axis="x", color="#ddd")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.5 / max(len(groups), 1) - 0.03), ncols=4)
+    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
     return figure
 
 
@@ -305,4 +306,6 @@ def _log_axes(axes: Axes, label: str, rows: Sequence[Row]) -> None:
     axes.set(xscale="log", yscale="log", xlabel="t", ylabel=label)
     axes.set_xticks(lengths, [str(t) for t in lengths], fontsize=8)
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     axes.grid(color="#ddd")

@@ -404,7 +404,8 @@ def run(request: Request, console: Console, workshop: workers.Workshop) -> dict[
         def done(description: str) -> None:
             progress.update(bar, advance=1, description=f"{description:<50}")
             if not console.is_terminal:  # in a log, one line each: it tells where a run is, or was when it ended
-                console.print(description, markup=False, highlight=False, soft_wrap=True)
+                elapsed = time.perf_counter() - begin
+                console.print(f"{elapsed:6.1f} s  {description}", markup=False, highlight=False, soft_wrap=True)
 
         for problem in request.problems:
             found, said = run_problem(problem, pairs[problem.operation], workshop, request.device, done)

@@ -519,9 +519,10 @@ def test_end_to_end_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
     arguments = ["--cases=degree_6,sdpa:one_query", "--dtype=float32", f"--out={tmp_path}"]
     assert validate.main(["validate", *arguments]) == 0, capsys.readouterr().err
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
-    assert {row["twin"] for row in rows} == {twin.name for twin in twins.present()}
-    assert {row["operation"] for row in rows} == {"power", "sdpa"}
-    assert all(row["status"] == "holds" for row in rows)
+    assert {row["status"] for row in rows} <= {"holds", "not served"}
+    assert {(row["twin"], row["operation"]) for row in rows if row["status"] == "holds"} == {
+        (twin.name, operation) for twin in twins.present() for operation in ("power", "sdpa")
+    }
 
 
 @pytest.mark.skipif(not twins.present(), reason="needs a framework")
