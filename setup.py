@@ -35,6 +35,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import time
 import tomllib
 
 from setuptools import Extension, setup
@@ -52,7 +53,7 @@ TORCH_TARGET = "0x020b000000000000"
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 CXX_FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"] if SANITIZE else ["-O3"]
 NVCC_FLAGS = [
-    "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr", "-lineinfo",
+    "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr", "-Xfatbin", "-compress-all",
     "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden",
 ]  # fmt: skip
 
@@ -94,6 +95,7 @@ class Compilation:
             return False
 
     def run(self) -> None:
+        begin = time.time()
         depfile = self.output.with_suffix(".d")
         self.record.unlink(missing_ok=True)
         command = [*self.command, "-MD", "-MF", str(depfile), "-c", str(self.source), "-o", str(self.output)]
@@ -102,7 +104,8 @@ class Compilation:
         if done.returncode:
             raise RuntimeError(f"compiling {self.source} failed:\n{shlex.join(command)}\n{done.stdout}")
         words = depfile.read_text().replace("\\\n", " ").split(":", 1)[1].split()
-        self.record.write_text(json.dumps({"command": list(self.command), "inputs": _digests(words)}))
+        if all(pathlib.Path(word).stat().st_mtime < begin for word in words):  # else a file changed meanwhile: no record
+            self.record.write_text(json.dumps({"command": list(self.command), "inputs": _digests(words)}))
 
 
 def _digests(paths) -> dict[str, str]:

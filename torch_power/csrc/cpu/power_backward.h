@@ -11,6 +11,7 @@
 // The chunked form walks time twice. Forward with the state S: dq and A_i,before = <q_i, dq_i>/p (Euler: the features are
 // homogeneous of degree p). Backward with its gradient dS: dk, dv and A_after,j = <k_j, dk_j>/p. So no state is kept but every
 // kCheckpoint-th, where the flow across a boundary, <dS, S>, is computed afresh; between them X follows from flow conservation.
+// Where there are more threads than heads, both walks are cut into segments, whose first S and last dS are found beforehand.
 #pragma once
 
 #include "power_forward.h"
@@ -25,7 +26,8 @@ template <class T> struct PowerBackward {
   const PowerAttentionShape &shape;
   const PowerAttentionArrays &a;
   Sizes<T> z;
-  int64_t groups;  // attention form: tasks a key-value head's key blocks are dealt to
+  Segments segments;  // chunked form
+  int64_t groups;     // attention form: tasks a key-value head's key blocks are dealt to
 
   struct Scratch {
     KeyBlock<T> keys;
@@ -81,14 +83,16 @@ template <class T> struct PowerBackward {
     }
   };
 
-  PowerBackward(const PowerAttentionShape &s, const PowerAttentionArrays &arrays, int threads) : shape(s), a(arrays), z(s), groups(1) {
+  PowerBackward(const PowerAttentionShape &s, const PowerAttentionArrays &arrays, int threads) : shape(s), a(arrays), z(s), segments(z, threads), groups(1) {
     int64_t heads = max64(1, s.b * s.h_kv);
     if (s.form == POWER_ATTENTION && 2 * int64_t(threads) > 3 * heads)
       groups = max64(1, min64((threads + heads - 1) / heads, z.blocks(s.t_kv)));
   }
   int64_t dq_size() const { return shape.form == POWER_ATTENTION ? z.group * z.blocks(shape.t) * z.d_ld * z.lanes : 0; }
   // Partials of one task at a time when a head is one task; of all of them when they are added up afterwards.
-  int64_t partials(int threads) const { return groups > 1 ? shape.b * shape.h_kv * groups : threads; }
+  int64_t partials(int threads) const { return segments.count > 1 ? shape.b * shape.h_kv : groups > 1 ? shape.b * shape.h_kv * groups : threads; }
+  // First states and last state gradients of all segments.
+  int64_t boundary_states() const { return segments.count > 1 ? 2 * shape.b * shape.h_kv * segments.count : 0; }
   int64_t kept() const {
     return shape.form == POWER_ATTENTION || !shape.causal || !a.dlog_g.data ? 0 : (z.blocks(shape.t) + kCheckpoint - 1) / kCheckpoint;
   }
@@ -264,13 +268,13 @@ template <class T> struct PowerBackward {
   }
 
   // Forward in time with the state: dq, the A of queries, and R_c = Σ_i A_i,before of every chunk in w.crossing.
-  template <int P> void query_pass(Scratch &w, Partial &out, int64_t b, int64_t h) const {
-    bool gated = a.dlog_g.data, empty = !a.s0.data && !a.z0.data;
+  // Tokens [from, to); w.state holds the state before them, and at the end that after them (if there are gates).
+  template <int P> void query_pass(Scratch &w, Partial &out, int64_t b, int64_t h, int64_t from, int64_t to, bool empty) const {
+    bool gated = a.dlog_g.data;
     int64_t size = z.state_size();
     T *state = w.state;
-    load_state(z, a.s0, a.z0, b, h, state);
-    for (int64_t start = 0, chunk = 0; start < shape.t; start += z.block, ++chunk) {
-      int64_t n = min64(z.block, shape.t - start), lanes = round_up(n, kTileM<T>);
+    for (int64_t start = from, chunk = from / z.block; start < to; start += z.block, ++chunk) {
+      int64_t n = min64(z.block, to - start), lanes = round_up(n, kTileM<T>);
       w.keys.load(z, a, b, h, start, n);
       load_gates(w.gates, w.running, b, h, start, n);
       auto kind = w.gates.present ? Decay<T>::pairwise : Decay<T>::none;
@@ -294,7 +298,7 @@ template <class T> struct PowerBackward {
         for (int64_t i = 0; gated && i < n; ++i) out.suffix[start + i] += w.row_sum[i];
         store_dq(w, w.dq, b, head, start, n);
       }
-      if (start + n == shape.t && !gated) break;
+      if (start + n == to && !gated) break;
       pack_tiles(w.keys.v, z.e_ld, n, z.E, w.gates.present ? w.gates.until_end : nullptr, w.u);
       update_state<P>(z, false, w.gates.decay, w.keys.k, n, w.u, w.features, state);
       empty = false;
@@ -303,20 +307,26 @@ template <class T> struct PowerBackward {
     }
   }
 
-  // Backward in time with dS: dk, dv, ds0, the A of keys, and X of every chunk.
-  template <int P> void key_pass(Scratch &w, Partial &out, int64_t b, int64_t h) const {
-    bool gated = a.dlog_g.data, empty = !a.ds.data && !a.dz.data;
-    int64_t chunks = z.blocks(shape.t), size = z.state_size();
-    T *state = w.state, *dstate = w.state + size;  // `state`, left by query_pass, is the last one
-    load_state(z, a.ds, a.dz, b, h, dstate);
+  // dstate = decay·dstate + what the queries loaded last give it.
+  template <int P> void add_queries(Scratch &w, int64_t n, T decay, T *dstate) const {
+    pack_tiles(w.dn_rows, z.e_ld, n, z.E, w.gates.present ? w.gates.since_start : nullptr, w.u);
+    update_state<P>(z, true, decay, w.queries.rows, n, w.u, w.features, dstate);
+  }
+
+  // Backward in time with dS: dk, dv, ds0, the A of keys, and X of every chunk. Tokens [from, to); w.state holds the state after
+  // them and, behind it, its gradient.
+  template <int P> void key_pass(Scratch &w, Partial &out, int64_t b, int64_t h, int64_t from, int64_t to, bool empty) const {
+    bool gated = a.dlog_g.data;
+    int64_t last = (to + z.block - 1) / z.block - 1, size = z.state_size();
+    T *state = w.state, *dstate = w.state + size;
     double flow = gated && !empty ? dot(dstate, state, size) : 0;  // Σ A across the boundary after the chunk
-    for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-      int64_t start = chunk * z.block, n = min64(z.block, shape.t - start), lanes = round_up(n, kTileM<T>);
+    for (int64_t chunk = last; chunk * z.block >= from && chunk >= 0; --chunk) {
+      int64_t start = chunk * z.block, n = min64(z.block, to - start), lanes = round_up(n, kTileM<T>);
       w.keys.load(z, a, b, h, start, n);
       load_gates(w.gates, w.running, b, h, start, n);
       auto kind = w.gates.present ? Decay<T>::pairwise : Decay<T>::none;
       clear_keys(w);
-      if (gated && chunk != chunks - 1 && chunk % kCheckpoint == kCheckpoint - 1)
+      if (gated && chunk != last && chunk % kCheckpoint == kCheckpoint - 1)
         flow = dot(dstate, w.checkpoints + chunk / kCheckpoint * size, size);
       if (!empty) {
         const T *decay = w.gates.present ? w.gates.until_end : nullptr;
@@ -345,14 +355,88 @@ template <class T> struct PowerBackward {
         load_queries(w, b, h * z.group + r, start, n);
         attend_gradient(w, for_keys, n, n, lanes, kind, w.gates, 0, nullptr);
         for (int64_t j = 0; gated && j < n; ++j) out.suffix[start + j] -= w.key_sum[j];
-        if (chunk == 0 && !a.ds0.data && !a.dz0.data) continue;
-        pack_tiles(w.dn_rows, z.e_ld, n, z.E, w.gates.present ? w.gates.since_start : nullptr, w.u);
-        update_state<P>(z, true, r == 0 ? w.gates.decay : T(1), w.queries.rows, n, w.u, w.features, dstate);
+        if (start > from || (from == 0 && (a.ds0.data || a.dz0.data)))
+          add_queries<P>(w, n, r == 0 ? w.gates.decay : T(1), dstate);
       }
       empty = false;
       store_keys(w, b, h, start, n);
     }
-    store_state(z, dstate, a.ds0, a.dz0, b, h);
+    if (from == 0) store_state(z, dstate, a.ds0, a.dz0, b, h);
+  }
+
+  template <int P> void head(Scratch &w, Partial &out, int64_t b, int64_t h) const {
+    clear(out);
+    load_state(z, a.s0, a.z0, b, h, w.state);
+    query_pass<P>(w, out, b, h, 0, shape.t, !a.s0.data && !a.z0.data);
+    load_state(z, a.ds, a.dz, b, h, w.state + z.state_size());
+    key_pass<P>(w, out, b, h, 0, shape.t, !a.ds.data && !a.dz.data);
+    store_dlog_g(&out, 1, b, h);
+  }
+
+  // ---- The chunked form in segments: task = (batch, key-value head, segment) ------------------------------------------
+
+  // What a segment adds to the state, and to the gradient of the state before it.
+  template <int P> void segment_sums(Scratch &w, int64_t b, int64_t h, int64_t from, int64_t to, T *state, T *dstate) const {
+    memset(state, 0, size_t(z.state_size()) * sizeof(T));
+    memset(dstate, 0, size_t(z.state_size()) * sizeof(T));
+    for (int64_t start = from; start < to; start += z.block) {
+      int64_t n = min64(z.block, to - start);
+      w.keys.load(z, a, b, h, start, n);
+      load_gates(w.gates, w.running, b, h, start, n);
+      pack_tiles(w.keys.v, z.e_ld, n, z.E, w.gates.present ? w.gates.until_end : nullptr, w.u);
+      update_state<P>(z, false, w.gates.decay, w.keys.k, n, w.u, w.features, state);
+    }
+    for (int64_t start = (to - 1) / z.block * z.block; start >= from; start -= z.block) {
+      int64_t n = min64(z.block, to - start);
+      load_gates(w.gates, w.running, b, h, start, n);
+      for (int64_t r = 0; r < z.group; ++r) {
+        load_queries(w, b, h * z.group + r, start, n);
+        add_queries<P>(w, n, r == 0 ? w.gates.decay : T(1), dstate);
+      }
+    }
+  }
+
+  // `states` and `dstates` [segments, state]: what each segment adds becomes what each starts from (its first state, and the
+  // gradient of its last).
+  void chain_segments(int64_t b, int64_t h, T *states, T *dstates, T *carry) const {
+    int64_t size = z.state_size();
+    auto chain = [&](int64_t segment, T *sums) {  // carry ← decay·carry + sums, sums ← the carry before
+      T decay = decay_between<T>(a.log_g, b, h, segments.start(segment), segments.end(segment));
+      for (int64_t i = 0; i < size; ++i) {
+        T before = carry[i];
+        carry[i] = decay * before + sums[i];
+        sums[i] = before;
+      }
+    };
+    load_state(z, a.s0, a.z0, b, h, carry);
+    for (int64_t segment = 0; segment < segments.count; ++segment) chain(segment, states + segment * size);
+    load_state(z, a.ds, a.dz, b, h, carry);
+    for (int64_t segment = segments.count - 1; segment >= 0; --segment) chain(segment, dstates + segment * size);
+  }
+
+  template <int P> void in_segments(const PowerExecutor *executor, Scratch *scratch, Partial *parts, T *boundaries) const {
+    int64_t heads = shape.b * shape.h_kv, count = segments.count, size = z.state_size();
+    T *states = boundaries, *dstates = boundaries + heads * count * size;
+    parallel(executor, heads * count, [&](int64_t task, int slot) {
+      int64_t head = task / count, segment = task % count;
+      if (segment == 0) clear(parts[head]);
+      segment_sums<P>(scratch[slot], head / shape.h_kv, head % shape.h_kv, segments.start(segment), segments.end(segment),
+                      states + task * size, dstates + task * size);
+    });
+    parallel(executor, heads, [&](int64_t head, int slot) {
+      T *first = states + head * count * size, *last = dstates + head * count * size;
+      chain_segments(head / shape.h_kv, head % shape.h_kv, first, last, scratch[slot].state);
+    });
+    parallel(executor, heads * count, [&](int64_t task, int slot) {
+      int64_t head = task / count, segment = task % count, b = head / shape.h_kv, h = head % shape.h_kv;
+      int64_t from = segments.start(segment), to = segments.end(segment);
+      Scratch &w = scratch[slot];
+      memcpy(w.state, states + task * size, size_t(size) * sizeof(T));
+      query_pass<P>(w, parts[head], b, h, from, to, false);
+      memcpy(w.state + size, dstates + task * size, size_t(size) * sizeof(T));
+      key_pass<P>(w, parts[head], b, h, from, to, false);
+    });
+    parallel(executor, heads, [&](int64_t head, int) { store_dlog_g(&parts[head], 1, head / shape.h_kv, head % shape.h_kv); });
   }
 
   // causal = 0: one state; its gradient is what all queries give it, plus the one that came in.
@@ -391,7 +475,7 @@ template <class T> struct PowerBackward {
     }
   }
 
-  void reserve(Arena &arena, int threads, Scratch *scratch, Partial *parts) const {
+  T *reserve(Arena &arena, int threads, Scratch *scratch, Partial *parts) const {
     for (int i = 0; i < threads; ++i) {
       Scratch unused;
       (scratch ? scratch[i] : unused).reserve(arena, z, kept(), z.blocks(shape.t));
@@ -400,6 +484,7 @@ template <class T> struct PowerBackward {
       Partial unused;
       (parts ? parts[i] : unused).reserve(arena, *this);
     }
+    return arena.take<T>(boundary_states() * z.state_size());
   }
 
   static int64_t workspace(const PowerAttentionShape &shape, int threads) {
@@ -420,18 +505,16 @@ template <class T> struct PowerBackward {
     Arena arena{reinterpret_cast<uintptr_t>(workspace), 0};
     Scratch *scratch = arena.take<Scratch>(threads);
     Partial *parts = arena.take<Partial>(backward.partials(threads));
-    backward.reserve(arena, threads, scratch, parts);
+    T *boundaries = backward.reserve(arena, threads, scratch, parts);
     int64_t heads = shape.b * shape.h_kv, groups = backward.groups;
     if (shape.form != POWER_ATTENTION) {
       dispatch_degree(shape.deg, [&](auto p) {
         constexpr int P = decltype(p)::value;
+        if (backward.segments.count > 1) return backward.template in_segments<P>(executor, scratch, parts, boundaries);
         parallel(executor, heads, [&](int64_t task, int slot) {
           int64_t b = task / shape.h_kv, h = task % shape.h_kv;
           if (!shape.causal) return backward.template whole<P>(scratch[slot], b, h);
-          backward.clear(parts[slot]);
-          backward.template query_pass<P>(scratch[slot], parts[slot], b, h);
-          backward.template key_pass<P>(scratch[slot], parts[slot], b, h);
-          backward.store_dlog_g(&parts[slot], 1, b, h);
+          backward.template head<P>(scratch[slot], parts[slot], b, h);
         });
       });
       return;

@@ -142,6 +142,27 @@ template <class T> struct QueryBlock {
   }
 };
 
+// The time axis of a key-value head in pieces of whole chunks, for cores that would be idle with one task a head. Each piece costs
+// more updates a token (what it adds to a state has to be known before any can start), so none is shorter than 4 chunks.
+struct Segments {
+  int64_t count, block, chunks, t;
+  template <class T> Segments(const Sizes<T> &z, int threads) : block(z.block), chunks(z.blocks(z.shape.t)), t(z.shape.t) {
+    int64_t heads = max64(1, z.shape.b * z.shape.h_kv);
+    bool few = z.shape.form != POWER_ATTENTION && z.shape.causal && 2 * int64_t(threads) > 3 * heads;
+    count = max64(1, few ? min64((threads + heads - 1) / heads, chunks / 4) : 1);
+  }
+  int64_t start(int64_t segment) const { return min64(chunks * segment / count * block, t); }
+  int64_t end(int64_t segment) const { return start(segment + 1); }
+};
+
+// exp of the sum of log gates of tokens [from, to); 1 without gates.
+template <class T> inline T decay_between(const PowerArray &log_g, int64_t b, int64_t h, int64_t from, int64_t to) {
+  const T *x = pointer<T>(log_g, b, 0, h);
+  double sum = 0;
+  for (int64_t i = from; x && i < to; ++i) sum += double(x[i * log_g.stride[1]]);
+  return exp_scalar(T(sum));
+}
+
 // ---- The state: panels of 64 rows, each [E, 64] with rows contiguous; the last column is z ------------------------------
 
 template <class T>

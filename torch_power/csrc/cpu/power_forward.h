@@ -15,7 +15,7 @@ template <class T> struct PowerForward {
   const PowerAttentionShape &shape;
   const PowerAttentionArrays &a;
   Sizes<T> z;
-  int64_t segments;  // a key-value head's time axis is cut into
+  Segments segments;
 
   struct Scratch {
     KeyBlock<T> keys;
@@ -42,17 +42,10 @@ template <class T> struct PowerForward {
   };
 
   PowerForward(const PowerAttentionShape &s, const PowerAttentionArrays &arrays, int threads)
-      : shape(s), a(arrays), z(s), segments(count_segments(s, z, threads)) {}
-
-  // Cutting time costs one more update a token, so it is done only for cores that would be idle, in pieces of 4 chunks or more.
-  static int64_t count_segments(const PowerAttentionShape &s, const Sizes<T> &z, int threads) {
-    if (s.form == POWER_ATTENTION || !s.causal) return 1;
-    int64_t heads = max64(1, s.b * s.h_kv), wanted = 2 * int64_t(threads) > 3 * heads ? (threads + heads - 1) / heads : 1;
-    return max64(1, min64(wanted, z.blocks(s.t) / 4));
-  }
+      : shape(s), a(arrays), z(s), segments(z, threads) {}
 
   // Workspace: one state a segment (one a thread when there is one segment a head), then scratch for each thread.
-  int64_t states() const { return z.panels == 0 ? 0 : segments > 1 ? shape.b * shape.h_kv * segments : -1; }
+  int64_t states() const { return z.panels == 0 ? 0 : segments.count > 1 ? shape.b * shape.h_kv * segments.count : -1; }
   void reserve(Arena &arena, int threads, Scratch *scratch, T **state) {
     int64_t count = states() < 0 ? threads : states();
     *state = arena.template take<T>(count * z.state_size());
@@ -174,13 +167,10 @@ template <class T> struct PowerForward {
     store_state(z, state, a.s, a.z, b, h);
   }
 
-  int64_t segment_start(int64_t segment) const { return z.blocks(shape.t) * segment / segments * z.block; }
-  int64_t segment_end(int64_t segment) const { return segment + 1 == segments ? shape.t : segment_start(segment + 1); }
-
   template <int P> void chunked(const PowerExecutor *executor, Scratch *scratch, T *states) const {
     bool keep = a.s.data || a.z.data, given = a.s0.data || a.z0.data;
-    int64_t heads = shape.b * shape.h_kv, size = z.state_size();
-    if (segments == 1) {
+    int64_t heads = shape.b * shape.h_kv, size = z.state_size(), pieces = segments.count;
+    if (pieces == 1) {
       parallel(executor, heads, [&](int64_t task, int slot) {
         int64_t b = task / shape.h_kv, h = task % shape.h_kv;
         T *state = states + slot * size;
@@ -192,30 +182,27 @@ template <class T> struct PowerForward {
       return;
     }
     // Segments: what each adds to the state, on its own; then the states they start from; then every segment from its state.
-    parallel(executor, heads * segments, [&](int64_t task, int slot) {
-      int64_t head = task / segments, segment = task % segments, b = head / shape.h_kv, h = head % shape.h_kv;
+    parallel(executor, heads * pieces, [&](int64_t task, int slot) {
+      int64_t head = task / pieces, segment = task % pieces, b = head / shape.h_kv, h = head % shape.h_kv;
       if (segment == 0) return load_state(z, a.s0, a.z0, b, h, states + task * size);
       T *state = states + task * size;
       memset(state, 0, size_t(size) * sizeof(T));
-      int64_t end = segment_end(segment - 1);
-      for (int64_t start = segment_start(segment - 1); start < end; start += z.block)
+      int64_t end = segments.end(segment - 1);
+      for (int64_t start = segments.start(segment - 1); start < end; start += z.block)
         add_chunk<P>(scratch[slot], b, h, start, min64(z.block, end - start), state);
     });
     parallel(executor, heads, [&](int64_t head, int) {
-      for (int64_t segment = 1; segment < segments; ++segment) {
-        T *state = states + (head * segments + segment) * size;
-        double sum = 0;
-        const T *log_g = pointer<T>(a.log_g, head / shape.h_kv, 0, head % shape.h_kv);
-        for (int64_t i = segment_start(segment - 1); log_g && i < segment_end(segment - 1); ++i) sum += log_g[i * a.log_g.stride[1]];
-        T decay = exp_scalar(T(sum));
+      for (int64_t segment = 1; segment < pieces; ++segment) {
+        T *state = states + (head * pieces + segment) * size;
+        T decay = decay_between<T>(a.log_g, head / shape.h_kv, head % shape.h_kv, segments.start(segment - 1), segments.end(segment - 1));
         for (int64_t i = 0; i < size; ++i) state[i] += decay * state[i - size];
       }
     });
-    parallel(executor, heads * segments, [&](int64_t task, int slot) {
-      int64_t head = task / segments, segment = task % segments, b = head / shape.h_kv, h = head % shape.h_kv;
+    parallel(executor, heads * pieces, [&](int64_t task, int slot) {
+      int64_t head = task / pieces, segment = task % pieces, b = head / shape.h_kv, h = head % shape.h_kv;
       T *state = states + task * size;
-      bool last = segment + 1 == segments;
-      run_chunks<P>(scratch[slot], b, h, segment_start(segment), segment_end(segment), segment == 0 && !given, keep && last, state);
+      bool last = segment + 1 == pieces;
+      run_chunks<P>(scratch[slot], b, h, segments.start(segment), segments.end(segment), segment == 0 && !given, keep && last, state);
       if (keep && last) store_state(z, state, a.s, a.z, b, h);
     });
   }
