@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from bridge import spec
-from torch_power import cpp, eager
+from torch_power import cpp, cuda, eager
 
 # Best first: the first that supports a call serves it unless one is named.
 POWER: dict[str, spec.Implementation] = {
+    "cuda": spec.Implementation(
+        cuda.power.forward, cuda.power.backward, cuda.power.supports, cuda.power.plan, wide_output=False
+    ),
     "cpp": spec.Implementation(cpp.power.forward, cpp.power.backward, cpp.power.supports, cpp.power.plan),
     "eager": spec.Implementation(eager.power.forward, eager.power.backward, eager.power.supports),
 }

@@ -1,8 +1,8 @@
 """Power attention on Hopper GPUs: the CUDA kernels behind the interface every implementation has.
 
-The attention form is `torch_power.cuda.attention`; here are the chunked form (degree 2) and the choice between them. Arithmetic is
-float16 products with float32 sums on operands scaled by powers of two (csrc/power/chunked_layout.cuh), so bfloat16 inputs lose
-nothing on the way in.
+The attention form is `torch_power.cuda.attention`; here are the chunked form (degree 2) and the choice between them.
+Arithmetic is float16 products with float32 sums on operands scaled by powers of two (csrc/power/chunked_layout.cuh), so
+bfloat16 inputs lose nothing on the way in.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from torch_power.cuda import attention, library
 
 
 def plan(call: spec.PowerCall) -> spec.PowerCall:
-    """Replace a form that was left open by the one that is faster here (times per token in benchmarks/NOTES.md).
+    """Replace a form that was left open by the one that is faster here, forward and backward together.
 
-    The attention form's work grows with t, the chunked form's does not: they cross near t = 4·D·e / (d + e) tokens, as each
-    does about the same rate, and the chunked one needs enough heads to fill the chip.
+    A token and head costs the chunked form 7 products of D·e multiply-adds whatever t is, the attention form 4.5 of d + e with
+    half of t keys. At the rates measured on one H100 (NOTES, "Chunked CUDA") they are equal near t = 7·D·e / (d + e): 8000 at
+    d = e = 64.
     """
     if not call.auto_form or call.deg != 2 or not call.causal or call.has_state or call.return_state or call.d % 8:
         return call
-    crossing = 4 * spec.state_rows(call.d, 2) * call.e / (call.d + call.e) * 2
+    crossing = 7 * spec.state_rows(call.d, 2) * call.e / (call.d + call.e)
     return dataclasses.replace(call, form="attention" if call.t < crossing else "chunked")
 
 
@@ -40,9 +41,7 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
     if not call.causal:
         return "causal=False: the chunked kernels are causal; use form='attention'"
     if len(set(call.dtypes)) > 1 or call.dtypes[0] not in ("bfloat16", "float16"):
-        return (
-            f"dtypes {', '.join(call.dtypes)} of q, k, v: the kernels take bfloat16 or float16, the same for all three"
-        )
+        return f"dtypes {', '.join(call.dtypes)} of q, k, v: the kernels take bfloat16 or float16, the same for all three"
     for name, size in (("d", call.d), ("e", call.e)):
         if not 8 <= size <= 128 or size % 8:
             return f"head size {name}={size}: the chunked kernels take multiples of 8 up to 128"

@@ -199,6 +199,6 @@ def kernel_times(run) -> dict[str, float]:
             run()
         torch.cuda.synchronize()
     return {
-        e.key.split("(")[0].replace("void ", ""): round(e.self_device_time_total / 5000, 4)
+        e.key.rsplit("(", 1)[0].replace("void ", "").replace("power::", ""): round(e.self_device_time_total / 5000, 4)
         for e in profile.key_averages()
     }

@@ -14,6 +14,7 @@ struct BackwardWorkspace {
   __half *k, *v, *q, *dy, *transposed, *row_values, *states, *moments; /* transposed: of k, then of q; states: of S, then of dS */
   int *state_units, *moment_units;
   float *column;
+  GateSums *gate_sums;
   int64_t bytes;
   BackwardWorkspace(void *base, const Sizes &z) {
     Arena arena(base);
@@ -22,7 +23,7 @@ struct BackwardWorkspace {
     gates = take_gates(arena, z);
     rows.q_scale = arena.take<float>(tokens), rows.dy_scale = arena.take<float>(tokens), rows.h = arena.take<float>(tokens);
     rows.h_decayed = arena.take<float>(tokens), rows.delta = arena.take<float>(tokens), rows.state_weight = arena.take<float>(tokens);
-    rows.chunk_weight = arena.take<float>(q_heads * z.chunks);
+    rows.tile_weight = arena.take<float>(q_heads * z.tiles);
     k = arena.take<__half>(staged_count(z, heads, z.padded_d)), v = arena.take<__half>(staged_count(z, heads, z.padded_e));
     q = arena.take<__half>(staged_count(z, q_heads, z.padded_d)), dy = arena.take<__half>(staged_count(z, q_heads, z.padded_e));
     transposed = arena.take<__half>(staged_count(z, q_heads, z.padded_d));
@@ -30,6 +31,7 @@ struct BackwardWorkspace {
     states = arena.take<__half>(states_count(z)), moments = arena.take<__half>(moments_count(z));
     state_units = arena.take<int>(z.chunks * heads), moment_units = arena.take<int>(z.chunks * heads);
     column = arena.take<float>(heads * z.tokens);
+    gate_sums = arena.take<GateSums>(heads * z.chunks);
     bytes = arena.used();
   }
 };
@@ -51,7 +53,7 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
   if (cudaError_t error = cudaGetLastError()) return error;
   const PrepareBackwardParams prepare{z, make_view(a.q), make_view(a.y), make_view(a.dy), floats(a.norm), w.gates, w.rows, maxima, normalize,
                                       s0 != nullptr, exponent, float(shape.scale * shape.scale)};
-  prepare_backward_kernel<In><<<dim3(z.chunks, unsigned(q_heads)), MEASURE_THREADS, 0, stream>>>(prepare);
+  prepare_backward_kernel<In><<<dim3(z.tiles, unsigned(q_heads)), PREPARE_THREADS, 0, stream>>>(prepare);
   if (cudaError_t error = cudaGetLastError()) return error;
   const StageParams stage_k{z,   make_view(a.k), z.h_kv, z.d, maxima.k, K_RANGE, w.k, w.transposed, w.gates.chunk_decay, nullptr, nullptr,
                             nullptr, nullptr};
@@ -62,7 +64,7 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
   if (cudaError_t error = stage<In>(stage_v, z.padded_e, Scaling::HEAD, stream)) return error;
   if (cudaError_t error = stage<In>(stage_dy, z.padded_e, Scaling::HEAD, stream)) return error;
   if (z.chunks > 1 || s0 != nullptr) {
-    const UpdateParams update{z, w.k, w.transposed, w.v, nullptr, 1, 0, w.gates.chunk_sum, w.gates.chunk_weight, w.states, w.moments, w.state_units,
+    const UpdateParams update{z, w.k, w.transposed, w.v, nullptr, 1, 0, w.gates.chunk_sum, w.gates.chunk_weight, 1, w.states, w.moments, w.state_units,
                               w.moment_units, s0, z0, nullptr, nullptr, maxima, 2 * K_RANGE + V_RANGE + 1, 2 * K_RANGE, 0};
     if (cudaError_t error = update_state(update)) return error;
   }
@@ -71,7 +73,7 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
                             nullptr, nullptr};
   if (cudaError_t error = stage<In>(stage_q, z.padded_d, Scaling::ROW, stream)) return error;
   const GradientQParams gradient_q{z, make_view(a.dq), w.q, w.dy, w.k, w.v, w.states, w.moments, w.state_units, w.moment_units, w.gates, w.rows,
-                                   maxima, s0 != nullptr, normalize};
+                                   w.row_values, maxima, s0 != nullptr, normalize};
   if (cudaError_t error = dispatch_sizes(z, [&](auto d, auto e) { return GradientLaunch<In, d.value, e.value>::q(gradient_q, stream); })) return error;
 
   const float *ds = floats(a.ds), *dz = floats(a.dz);
@@ -81,7 +83,7 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
     if (cudaError_t error = cudaGetLastError()) return error;
   }
   if (z.chunks > 1 || ds != nullptr || a.ds0.data != nullptr) {
-    const UpdateParams update{z, w.q, w.transposed, w.dy, w.row_values, z.group, 1, w.gates.chunk_sum, w.rows.chunk_weight, w.states, w.moments,
+    const UpdateParams update{z, w.q, w.transposed, w.dy, w.row_values, z.group, 1, w.gates.chunk_sum, w.rows.tile_weight, z.chunk_tiles, w.states, w.moments,
                               w.state_units, w.moment_units, ds, dz, floats(a.ds0), floats(a.dz0), maxima, 2 * Q_RANGE + DY_RANGE + 1,
                               2 * Q_RANGE + 7, STATE_GRADIENT_SHIFT};
     if (cudaError_t error = update_state(update)) return error;
@@ -90,9 +92,11 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
                                      w.gates, w.rows, maxima, w.column, ds != nullptr, normalize};
   if (cudaError_t error = dispatch_sizes(z, [&](auto d, auto e) { return GradientLaunch<In, d.value, e.value>::kv(gradient_kv, stream); })) return error;
   if (a.dlog_g.data != nullptr) {
-    const GateGradientParams gate{z, w.column, w.rows.delta, normalize, s0, z0, floats(a.ds0), floats(a.dz0), floats(a.dlog_g),
+    const GateGradientParams gate{z, w.column, w.rows.delta, normalize, s0, z0, floats(a.ds0), floats(a.dz0), w.gate_sums, ds == nullptr, floats(a.dlog_g),
                                   a.dlog_g.stride[0], a.dlog_g.stride[1], a.dlog_g.stride[2]};
-    gate_gradient_kernel<<<unsigned(heads), GATE_THREADS, 0, stream>>>(gate);
+    const dim3 grid(z.chunks, unsigned(heads));
+    gate_sums_kernel<<<grid, GATE_THREADS, 0, stream>>>(gate);
+    gate_gradient_kernel<<<grid, GATE_THREADS, 0, stream>>>(gate);
   }
   return cudaGetLastError();
 }

@@ -40,7 +40,7 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
   if (cudaError_t error = stage<In>(stage_v, z.padded_e, Scaling::HEAD, stream)) return error;
   float *s = static_cast<float *>(a.s.data), *zs = static_cast<float *>(a.z.data);
   if (z.chunks > 1 || s0 != nullptr || s != nullptr) {
-    const UpdateParams update{z, w.k, w.k_transposed, w.v, nullptr, 1, 0, w.gates.chunk_sum, w.gates.chunk_weight, w.states, w.moments,
+    const UpdateParams update{z, w.k, w.k_transposed, w.v, nullptr, 1, 0, w.gates.chunk_sum, w.gates.chunk_weight, 1, w.states, w.moments,
                               w.state_units, w.moment_units, s0, z0, s, zs, maxima, 2 * K_RANGE + V_RANGE + 1, 2 * K_RANGE, 0};
     if (cudaError_t error = dispatch_sizes(z, [&](auto d, auto e) { return UpdateLaunch<d.value, e.value>::update(update, stream); })) return error;
   }

@@ -110,13 +110,18 @@ __global__ void __launch_bounds__(PREPARE_THREADS) prepare_backward_kernel(const
   }
 }
 
+struct GateSums {
+  double terms, squares, start; /* Σ terms, Σ terms², share of <ds0, s0> + <dz0, z0> */
+};
+
 struct GateGradientParams {
   Sizes z;
   const float *column; /* ½ <k_j, dk_j> per key-value head and token */
   const float *delta;  /* row parts per query head and token; read with normalize = 0 */
   int normalize;
   const float *s0, *z0, *ds0, *dz0; /* may be null */
-  double2 *sums;                    /* [key-value head][chunk] */
+  GateSums *sums;                   /* [key-value head][chunk] */
+  int closed;                       /* nothing follows the last token: the running sum must end at 0 */
   float *dlog_g;
   int64_t batch, time, head;
 };
@@ -144,11 +149,16 @@ __device__ __forceinline__ double block_sum(double x) {
 
 /* dlog_g_l = Σ over pairs (i ≥ l > j) of ∂L/∂w_ij w_ij = <ds0, s0> + <dz0, z0> + Σ_{j < l} (½ <k_j, dk_j> − row part of j): what tokens
  * before l gave to later rows, less what their own rows took. With normalize the row part, <dnum, num> + dden · den, is 0.
- * First pass: each chunk's sum, and its share of the products of states. */
+ * The sum runs over all of t and its rounding errors with it. It ends at <ds, s> + <dz, z> of the last state, which is 0 when no gradient
+ * arrives there; then what it misses 0 by is spread back over the tokens in proportion to their terms' squares.
+ * First pass: each chunk's sums, and its share of the products of states. */
 static __global__ void __launch_bounds__(GATE_THREADS) gate_sums_kernel(const __grid_constant__ GateGradientParams p) {
   const int chunk = blockIdx.x, kv = blockIdx.y, first = chunk * p.z.chunk, last = min(first + p.z.chunk, p.z.t);
-  double sum = 0., start = 0.;
-  for (int token = first + threadIdx.x; token < last; token += GATE_THREADS) sum += gate_term(p, kv, token);
+  double sum = 0., squares = 0., start = 0.;
+  for (int token = first + threadIdx.x; token < last; token += GATE_THREADS) {
+    const double term = gate_term(p, kv, token);
+    sum += term, squares += term * term;
+  }
   if (p.s0 != nullptr) {
     const int64_t rows = int64_t(p.z.pairs) * 64;
     for (int64_t i = chunk * GATE_THREADS + threadIdx.x; i < rows * p.z.e; i += gridDim.x * GATE_THREADS)
@@ -156,8 +166,8 @@ static __global__ void __launch_bounds__(GATE_THREADS) gate_sums_kernel(const __
     for (int64_t i = chunk * GATE_THREADS + threadIdx.x; i < rows; i += gridDim.x * GATE_THREADS)
       start += double(p.z0[kv * rows + i]) * p.dz0[kv * rows + i];
   }
-  sum = block_sum(sum), start = block_sum(start);
-  if (threadIdx.x == 0) p.sums[kv * p.z.chunks + chunk] = make_double2(sum, start);
+  sum = block_sum(sum), squares = block_sum(squares), start = block_sum(start);
+  if (threadIdx.x == 0) p.sums[kv * p.z.chunks + chunk] = GateSums{sum, squares, start};
 }
 
 /* Second pass: the running sum through a chunk. */
@@ -165,15 +175,19 @@ static __global__ void __launch_bounds__(GATE_THREADS) gate_gradient_kernel(cons
   __shared__ double warp_sum[GATE_THREADS / 32];
   const int chunk = blockIdx.x, kv = blockIdx.y, batch = kv / p.z.h_kv, kv_head = kv % p.z.h_kv;
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, first = chunk * p.z.chunk, last = min(first + p.z.chunk, p.z.t);
-  double running = 0.;
+  double running = 0., end = 0., squares = 0., all_squares = 0.;
   for (int i = threadIdx.x; i < p.z.chunks; i += GATE_THREADS) {
-    const double2 sums = p.sums[kv * p.z.chunks + i];
-    running += sums.y + (i < chunk ? sums.x : 0.);
+    const GateSums sums = p.sums[kv * p.z.chunks + i];
+    running += sums.start + (i < chunk ? sums.terms : 0.), end += sums.start + sums.terms;
+    squares += i < chunk ? sums.squares : 0., all_squares += sums.squares;
   }
-  running = block_sum(running);
+  running = block_sum(running), end = block_sum(end), squares = block_sum(squares), all_squares = block_sum(all_squares);
+  const double correction = p.closed && all_squares > 0. ? -end / all_squares : 0.;
+  running += correction * squares;
   for (int block = first; block < last; block += GATE_THREADS) {
     const int token = block + threadIdx.x;
-    const double term = token < last ? gate_term(p, kv, token) : 0.;
+    double term = token < last ? gate_term(p, kv, token) : 0.;
+    term += correction * term * term;
     double sum = term;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {

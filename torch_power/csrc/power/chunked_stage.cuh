@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(STAGE_THREADS) stage_kernel(const __grid_const
   const float *weights = p.weights + head * p.z.tokens + tile * TILE;
 #pragma unroll
   for (int i = threadIdx.x; i < TILE * PIECES; i += STAGE_THREADS) {
-    const int row = i % WIDTH, piece = i / WIDTH; /* row of the transpose: a feature; piece: eight tokens */
+    const int row = i / 8, piece = i % 8; /* row of the transpose: a feature; piece: eight tokens; a warp writes whole rows */
     uint32_t pairs[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
