@@ -48,6 +48,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 
 # Not isolated, so that the compiled operators are built against the torch that was just installed
 $(VENV)/.project: $(VENV)/.packages $(EXTENSION)
+	@echo "Building the compiled operators (a few minutes the first time)"
 	@$(VENV)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -93,5 +94,5 @@ ci:
 	bash .ci/run
 
 clean:
-	rm -rf $(VENV) $(VENV312) build dist out *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV312) build dist out torch_power/_C.*.so torch_power/lib *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
