@@ -44,13 +44,9 @@ def plan(pairs: Sequence[tuple[str, str]], lengths: Sequence[int], *, full: bool
 
 
 def run(points: Sequence[Point], workshop: workers.Workshop, device: str, done: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Every point measured. On a GPU each series has a new process, as JAX's peak of memory there only ever rises."""
+    """Every point measured, in order."""
     measured: list[dict[str, Any]] = []
-    series = None
     for point in points:
-        if device == "cuda" and series != (point.twin, point.implementation, point.form):
-            workshop.renew(point.twin)
-        series = (point.twin, point.implementation, point.form)
         done(f"t={point.t} {point.form} {point.twin}/{point.implementation}")
         arrays = inputs.from_text(inputs.text(point.t), h_q=HEADS, h_kv=HEADS, d=HEAD_SIZE, e=HEAD_SIZE)
         case = inputs.given(f"growth_{point.t}", arrays, ("float32",))[0]

@@ -28,13 +28,14 @@ OPERATIONS = {
 }
 
 
+# Calls are timed until they have taken this long together (seconds), or there have been this many; there is at least one.
+BUDGET = 0.2
+MOST_CALLS = 9
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A call to measure: `options` are keyword arguments of `power_attention`; for "sdpa", `case` says what is
-    computed.
-
-    `budget` is how long, in seconds, further timed calls may take together; there is at least one and at most nine.
-    """
+    """A call to measure. `options` are keyword arguments of `power_attention`; for "sdpa", `case` says what is computed."""
 
     twin: str
     operation: str
@@ -44,7 +45,6 @@ class Task:
     arrays: Mapping[str, np.ndarray]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     case: Any = None
-    budget: float = 0.2
     keep_results: bool = True
 
 
@@ -58,7 +58,7 @@ class Outcome:
       seconds: wall time of every timed call, forward and backward; `cpu_seconds` the processor time of the first of
         them.
       peak_bytes: most memory in use during a call above what was in use before it; None where it could not be told.
-      repeatable: all calls gave the same bits.
+      repeatable: a second call gave the same bits; None if there was none.
     """
 
     status: str
@@ -67,7 +67,7 @@ class Outcome:
     seconds: tuple[float, ...] = ()
     cpu_seconds: float = 0.0
     peak_bytes: int | None = None
-    repeatable: bool = True
+    repeatable: bool | None = None
 
     @property
     def median_seconds(self) -> float:
@@ -91,24 +91,25 @@ def _measure(twin: twins.Twin, task: Task) -> Outcome:
         prepared = twin.prepare_power(task.arrays, task.options, task.implementation, task.device)
     else:
         prepared = twins_sdpa.prepare(twin, task.case, task.arrays, task.implementation, task.device)
-    prepared.compile()
-    meter = _meter(task.twin, task.device)
-    stop_meter = meter()
+    compiled = prepared.compile()
+    stop_meter = _meter(task, compiled)
     begin, cpu_begin = time.perf_counter(), time.process_time()
     results = prepared.forward_backward()
-    seconds, cpu_seconds, peak_bytes = [time.perf_counter() - begin], time.process_time() - cpu_begin, stop_meter()
+    first_seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
+    peak_bytes = stop_meter()
     first = {name: twin.numpy(x) for name, x in results.items()}
     del results
-    repeatable = True
-    while len(seconds) < 9 and sum(seconds) < task.budget:
+    seconds: list[float] = []
+    repeatable = None
+    while len(seconds) < MOST_CALLS and first_seconds + sum(seconds) < BUDGET:
         begin = time.perf_counter()
         results = prepared.forward_backward()
         seconds.append(time.perf_counter() - begin)
-        if len(seconds) == 2:
-            # The first call also paid for whatever is set up once; it counts only where it is the only one.
-            seconds[0] = seconds[1]
+        if repeatable is None:
             repeatable = all(twin.numpy(x).tobytes() == first[name].tobytes() for name, x in results.items())
         del results
+    # The first call also paid for what is set up once: it counts only where it is the only one.
+    seconds = seconds or [first_seconds]
     return Outcome("ran", "", first if task.keep_results else {}, tuple(seconds), cpu_seconds, peak_bytes, repeatable)
 
 
@@ -128,14 +129,22 @@ MEMORY_METHOD = {
     "cpu": "Peak resident memory of the process during the call less that before it. First the allocator returns what "
     "it holds free (malloc_trim) and the kernel's high-water mark is reset (/proc/self/clear_refs). Each framework has "
     "a process of its own; compilation, and the results' copies in NumPy, are not counted.",
-    "cuda": "PyTorch: peak of the caching allocator during the call less what was allocated before it. JAX: its "
-    "allocator's peak_bytes_in_use, which cannot be reset: given only for calls that raised it.",
+    "cuda": "PyTorch: peak of the caching allocator during the call less what was allocated before it. JAX: temporaries and "
+    "results of the compiled program as XLA assigned them (its allocator's peak cannot be reset).",
 }
 
 
-def _meter(twin: str, device: str) -> Callable[[], Callable[[], int | None]]:
-    """A function that starts measuring and returns the one that stops and gives bytes."""
-    return _resident_memory if device == "cpu" else {"jax_power": _jax_device_memory, "torch_power": _torch_device_memory}[twin]
+def _meter(task: Task, compiled: Any) -> Callable[[], int | None]:
+    """Start measuring a call's memory; the function returned stops and gives bytes. `compiled`: JAX's program."""
+    if task.device == "cpu":
+        return _resident_memory()
+    return _torch_device_memory() if task.twin == "torch_power" else lambda: program_memory(compiled)
+
+
+def program_memory(compiled: Any) -> int | None:
+    """Bytes of temporaries and results of a program that JAX compiled, as its compiler assigned them."""
+    found = compiled.memory_analysis()
+    return None if found is None else found.temp_size_in_bytes + found.output_size_in_bytes
 
 
 def _resident_memory() -> Callable[[], int | None]:
@@ -168,17 +177,6 @@ def _torch_device_memory() -> Callable[[], int | None]:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     return lambda: torch.cuda.max_memory_allocated() - before
-
-
-def _jax_device_memory() -> Callable[[], int | None]:
-    device = importlib.import_module("jax").devices("cuda")[0]
-    before = device.memory_stats()
-
-    def stop() -> int | None:
-        peak = device.memory_stats()["peak_bytes_in_use"]
-        return peak - before["bytes_in_use"] if peak > before["peak_bytes_in_use"] else None
-
-    return stop
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -370,8 +370,8 @@ def _row(
                 tensor |= {"difference": difference, "difference_ratio": ratio, "difference_to": other}
     row["worst"] = max((_worst(name, tensor) for name, tensor in row["tensors"].items()), key=lambda worst: worst["ratio"])
     row["repeatable"] = outcome.repeatable
-    row["status"] = "holds" if row["worst"]["ratio"] <= 1 and outcome.repeatable else "breach"
-    if not outcome.repeatable:
+    row["status"] = "holds" if row["worst"]["ratio"] <= 1 and outcome.repeatable is not False else "breach"
+    if outcome.repeatable is False:
         row["reason"] = "two calls on the same inputs gave different bits"
     row |= {"seconds": outcome.median_seconds, "all_seconds": list(outcome.seconds), "cpu_seconds": outcome.cpu_seconds}
     return row | {"peak_bytes": outcome.peak_bytes}
