@@ -205,8 +205,8 @@ def parse(argv: Sequence[str]) -> tuple[list[registry.Shape], tuple[registry.Con
         raise UsageError(f"--h={FLAGS.h}: not a multiple of --h_kv={h_kv}")
     if FLAGS.deg % 2:
         raise UsageError(f"--deg={FLAGS.deg}: expected an even degree")
-    if FLAGS.out is not None and not os.access(pathlib.Path(FLAGS.out).absolute().parent, os.W_OK):
-        raise UsageError(f"--out={FLAGS.out}: its folder is missing or cannot be written")
+    if FLAGS.out is not None:
+        _check_out(pathlib.Path(FLAGS.out))
     everyone = registry.contestants(FLAGS.device)
     if not everyone:
         raise UsageError(f"--device={FLAGS.device}: no framework here sees one")
@@ -218,6 +218,16 @@ def parse(argv: Sequence[str]) -> tuple[list[registry.Shape], tuple[registry.Con
         raise UsageError(f"--{error}") from error
     shapes = [registry.Shape(t, FLAGS.b, FLAGS.h, h_kv, FLAGS.d, FLAGS.d, FLAGS.deg, FLAGS.dtype, FLAGS.gates) for t in lengths]
     return shapes, chosen
+
+
+def _check_out(out: pathlib.Path) -> None:
+    """Make the result's folder and see that it can be written, before minutes of work."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out={out}: cannot be written: {error.strerror}") from error
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise UsageError(f"--out={out}: cannot be written")
 
 
 def commit() -> str | None:

@@ -79,6 +79,10 @@ class UsageError(ValueError):
     """A command that cannot be carried out; the message is one line."""
 
 
+class BadReference(RuntimeError):
+    """A reference that could not be made, or is not the oracle's: nothing can be held to it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One case in one dtype: its inputs and exact results are made once, for every form and implementation."""
@@ -310,25 +314,29 @@ def reference(
     twin = workshop.twins[-1]
     portable = {"torch_power": "eager", "jax_power": "xla"}[twin]
     form = "chunked" if "chunked" in problem.forms else "attention"
+
+    def in_float64(case: Case, arrays: Mapping[str, np.ndarray]) -> tuple[Problem, dict[str, np.ndarray]]:
+        wide = Problem(problem.operation, case, "float64", problem.forms)
+        outcome = workshop.measure(_task(wide, form, twin, portable, "cpu", arrays))
+        if outcome.status != "ran":
+            raise BadReference(f"reference for {problem.name}: {twin}/{portable} {outcome.status}: {outcome.reason}")
+        return wide, outcome.results
+
     wide = {name: x.astype(np.float64) for name, x in arrays.items()}
     start = {name: x[:, :PROOF_LENGTH] for name, x in wide.items()}
-    short = Problem(problem.operation, dataclasses.replace(case, t=PROOF_LENGTH), "float64", problem.forms)
-    proof = workshop.measure(_task(short, form, twin, portable, "cpu", start))
-    if proof.status != "ran":
-        raise RuntimeError(f"reference for {problem.name}: {twin}/{portable} {proof.status}: {proof.reason}")
+    short, got = in_float64(dataclasses.replace(case, t=PROOF_LENGTH), start)
     floors, want = _floors(short, start), exact(short, start)
-    found = {name: cases.relative_error(proof.results[name], x, floors[name]) for name, x in want.items()}
-    cases.assert_within(found, short.bounds(portable), f"{twin}/{portable} as the reference for {problem.name}")
-    long = Problem(problem.operation, case, "float64", problem.forms)
-    outcome = workshop.measure(_task(long, form, twin, portable, "cpu", wide))
-    if outcome.status != "ran":
-        raise RuntimeError(f"reference for {problem.name}: {twin}/{portable} {outcome.status}: {outcome.reason}")
+    found = {name: cases.relative_error(got[name], x, floors[name]) for name, x in want.items()}
+    try:
+        cases.assert_within(found, short.bounds(portable), f"{twin}/{portable} as the reference for {problem.name}")
+    except AssertionError as error:
+        raise BadReference(str(error)) from error
     note = (
         f"{problem.name} {problem.dtype}: t = {case.t} is beyond the O(t²) oracle ({ORACLE_LENGTH}). The reference is "
         f"{twin}/{portable}, {form} form, in float64, whose first {PROOF_LENGTH} tokens "
         f"equal the oracle to {max(found.values()):.1e}."
     )
-    return outcome.results, [note]
+    return in_float64(case, wide)[1], [note]
 
 
 def _row(
@@ -361,8 +369,7 @@ def _row(
         for name, tensor in row["tensors"].items():
             if name not in outcome.results or name not in theirs.results:
                 continue
-            # Exact zeros say nothing about the size of what cancelled: the oracle's norm and ‖dy‖ are the scale here
-            # too.
+            # Exact zeros say nothing about the size of what cancelled: the oracle's norm and ‖dy‖ are the scale here too.
             floor = max(floors[name], float(np.linalg.norm(want[name])))
             difference = cases.relative_error(outcome.results[name], theirs.results[name], floor)
             ratio = difference / max(bounds[name], allowed[name])
@@ -467,6 +474,9 @@ def main(argv: Sequence[str]) -> int:
     except (UsageError, inputs.InputError) as error:
         print(f"validate: {error}", file=sys.stderr)
         return 2
+    except BadReference as error:
+        print(f"validate: does not hold: {error}", file=sys.stderr)
+        return 1
     # Not at the top: every worker process imports this module, and none of them plots.
     from bridge import report
 
