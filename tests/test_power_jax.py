@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def largest(jaxpr) -> int:
     found = 0
     for equation in jaxpr.eqns:
         found = max([found, *(np.prod(x.aval.shape, dtype=np.int64) for x in equation.outvars)])
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             found = max(found, largest(inner))
     return int(found)
 

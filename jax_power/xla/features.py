@@ -43,19 +43,20 @@ def sympow_transposed_jacobian(x: Float[Array, "... d"], dphi: Float[Array, "...
     In every block, each factor in turn receives the block contracted with all the others; the sum over the blocks that a
     tile occurs in is a product with a 0/1 matrix, whose order of summation is fixed (a scatter's is not).
     """
-    tiles = _tiles(x, deg)
-    tile, index = tiles.shape[-1], spec.tile_tuples(x.shape[-1], deg)
-    occurs = np.eye(tiles.shape[-2])[index]
-    blocks, dtiles = dphi.reshape(*dphi.shape[:-1], len(index), *[tile] * deg), jnp.zeros_like(tiles)
+    # One axis for all tokens and at most four more: XLA's CPU backend (0.10.2) crashes in reductions of many-axis products.
+    tiles = _tiles(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), deg)
+    (tokens, count, tile), index = tiles.shape, spec.tile_tuples(x.shape[-1], deg)
+    occurs, dtiles = np.eye(count)[index], jnp.zeros_like(tiles)
     for slot in range(deg):
-        block = blocks
-        for other in range(deg):
+        block = dphi.reshape(tokens, len(index), tile**deg)
+        for other in reversed(range(deg)):
             if other != slot:
-                factor = tiles[..., index[:, other], :]
-                factor = factor.reshape(*factor.shape[:-1], *(tile if axis == other else 1 for axis in range(deg)))
-                block = (block * factor).sum(other - deg, keepdims=True)
-        dtiles += einsum("...nT,nm->...mT", _flatten(block, deg), occurs[:, slot].astype(x.dtype))
-    return _flatten(dtiles, 2)
+                inner = tile if slot > other else 1
+                block = block.reshape(tokens, len(index), tile**other, tile, inner)
+                block = (block * tiles[:, index[:, other], None, :, None]).sum(3)
+        block = block.reshape(tokens, len(index), tile)
+        dtiles += einsum("Nnt,nm->Nmt", block, occurs[:, slot].astype(x.dtype))
+    return dtiles.reshape(x.shape)
 
 
 def row_scale(q: Float[Array, "... d"], scale: float, normalize: bool) -> tuple[Float[Array, "... 1"], Float[Array, "... 1"]]:

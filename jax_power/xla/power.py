@@ -164,9 +164,7 @@ def _operands(
 
 def _gates(call: spec.PowerCall, log_g: Array) -> tuple[tuple[Array, ...], Array, Array, Array]:
     """The last four fields of `Chunk` for all chunks, from gates `[b, h_kv, t]`."""
-    padded = _chunk(call, log_g, 2)
-    flat = jnp.moveaxis(padded, 0, 2).reshape(*log_g.shape[:2], -1)
-    gates = tuple(_chunk(call, part, 2) for part in sum_gates(flat))
+    gates = tuple(_chunk(call, part, 2) for part in sum_gates(_merge(_chunk(call, log_g, 2))))
     after = tuple(part[..., -1:] for part in gates)
     before = tuple(jnp.concatenate((jnp.zeros_like(part[:1]), part[:-1])) for part in after)
     of_rows = decay_between(gates, before)[:, :, :, None, :, None]
@@ -180,6 +178,11 @@ def _chunk(call: spec.PowerCall, x: Array, axis: int) -> Array:
     fill[axis] = (0, count * call.chunk_size - x.shape[axis])
     x = jnp.pad(x, fill)
     return jnp.moveaxis(x.reshape(*x.shape[:axis], count, call.chunk_size, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _merge(x: Array) -> Array:
+    """[chunks, b, h_kv, c] → [b, h_kv, chunks · c]."""
+    return jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], x.shape[0] * x.shape[3])
 
 
 def _heads_first(call: spec.PowerCall, x: Array) -> Array:
@@ -417,11 +420,6 @@ def _backward_attention(call: spec.PowerCall, x: Operands, dsums: Array, dstate:
         return dq, dk, dv1, None, dstate0
     flat_suffix, flat_prefix = (_merge(part) for part in (suffix, jnp.zeros_like(suffix) if prefix is None else prefix))
     return dq, dk, dv1, _chunk(call, _gate_gradient(flat_suffix, flat_prefix, carry), 2), dstate0
-
-
-def _merge(x: Array) -> Array:
-    """[chunks, b, h_kv, c] → [b, h_kv, chunks · c]."""
-    return jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], x.shape[0] * x.shape[3])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

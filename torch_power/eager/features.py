@@ -37,19 +37,21 @@ def sympow_transposed_jacobian(x: Float[Tensor, "... d"], dphi: Float[Tensor, ".
     In every block, each factor in turn receives the block contracted with all the others; the sum over the blocks that a
     tile occurs in is a product with a 0/1 matrix, whose order of summation is fixed (a scatter's is not).
     """
-    tiles = _tiles(x, deg)
-    tile, tuples = tiles.shape[-1], spec.tile_tuples(x.shape[-1], deg)
+    tiles = _tiles(x.flatten(0, -2), deg)
+    (tokens, count, tile), tuples = tiles.shape, spec.tile_tuples(x.shape[-1], deg)
     index = torch.as_tensor(tuples, device=x.device)
-    occurs = torch.nn.functional.one_hot(index.long(), tiles.shape[-2]).to(x.dtype)
-    blocks, dtiles = dphi.unflatten(-1, (len(tuples), *[tile] * deg)), torch.zeros_like(tiles)
+    occurs = torch.nn.functional.one_hot(index.long(), count).to(x.dtype)
+    dtiles = torch.zeros_like(tiles)
     for slot in range(deg):
-        block = blocks
-        for other in range(deg):
+        block = dphi.reshape(tokens, len(tuples), tile**deg)
+        for other in reversed(range(deg)):
             if other != slot:
-                factor = tiles[..., index[:, other], :].unflatten(-1, [tile if axis == other else 1 for axis in range(deg)])
-                block = (block * factor).sum(other - deg, keepdim=True)
-        dtiles += torch.einsum("...nT,nm->...mT", block.flatten(-deg), occurs[:, slot])
-    return dtiles.flatten(-2)
+                inner = tile if slot > other else 1
+                block = block.reshape(tokens, len(tuples), tile**other, tile, inner)
+                block = (block * tiles[:, index[:, other], None, :, None]).sum(3)
+        block = block.reshape(tokens, len(tuples), tile)
+        dtiles += torch.einsum("Nnt,nm->Nmt", block, occurs[:, slot])
+    return dtiles.reshape(x.shape)
 
 
 def row_scale(
