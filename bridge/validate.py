@@ -192,9 +192,9 @@ def _of_names(names: Sequence[str] | None, dtypes: tuple[str, ...] | None) -> tu
             raise UsageError(f"--cases={name}: unknown; expected some of {', '.join(known)}")
         case = _case(name)
         fitting = [dtype for dtype in dtypes or ("float32", "bfloat16") if dtype in case.dtypes]
-        if not fitting:
-            raise UsageError(f"--dtype={','.join(dtypes or ())}: case {name!r} is defined for {', '.join(case.dtypes)}")
-        problems += [_problem(case, dtype) for dtype in fitting]
+        if dtypes and not fitting:
+            raise UsageError(f"--dtype={','.join(dtypes)}: case {name!r} is defined for {', '.join(case.dtypes)}")
+        problems += [_problem(case, dtype) for dtype in fitting or case.dtypes]
     return tuple(problems)
 
 

@@ -221,6 +221,7 @@ def test_nothing_served_is_no_pass(pretend, capsys):
         (["--device=tpu"], "device"),
         (["--dtype=int8"], "int8"),
         (["--dtype=float32,f32"], "f32"),
+        (["--cases=sdpa:large_scale", "--dtype=float32"], "defined for float64"),
         (["--lengths=1e3"], "lengths"),
         (["--lengths=0"], "lengths"),
         (["--out=/proc/nowhere/report"], "/proc/nowhere/report"),
