@@ -64,7 +64,7 @@ class SdpaCase:
         """
         rng = np.random.default_rng([seed, *self.name.encode()])
         sizes = {"b": self.b, "h": self.h_q, "t": self.t, "s": self.keys}
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "q": self.std * rng.standard_normal((self.b, self.t, self.h_q, self.d)),
             "k": self.std * rng.standard_normal((self.b, self.keys, self.h_kv, self.d)),
             "v": rng.standard_normal((self.b, self.keys, self.h_kv, self.e)),

@@ -68,7 +68,8 @@ def dropout_gains(seed: np.ndarray, h_q: int, t: int, s: int, dropout_p: float) 
     seed = np.asarray(seed).astype(np.uint64).reshape(-1, 1, 1, 1)
     shape = (seed.shape[0], h_q, t, -(-s // 4))
     _, head, query, quad = (axis.astype(np.uint64) for axis in np.indices(shape))
-    words, keys = (quad, query, head, np.zeros_like(quad)), (seed & low, seed >> shift)
+    words: tuple[np.ndarray, ...] = (quad, query, head, np.zeros_like(quad))
+    keys: tuple[np.ndarray, ...] = (seed & low, seed >> shift)
     for _ in range(spec_sdpa.PHILOX_ROUNDS):
         first = words[0] * np.uint64(spec_sdpa.PHILOX_MULTIPLIERS[0])
         second = words[2] * np.uint64(spec_sdpa.PHILOX_MULTIPLIERS[1])
@@ -129,7 +130,7 @@ def sdpa_grads(
     shapes = [np.shape(x) for x in (q, k, v)]
     q, k, v = _per_query_head(q, k, v)
     dy = np.swapaxes(np.asarray(dy).astype(np.float64), 1, 2)
-    gains = 1.0 if gains is None else gains
+    gains = np.ones(()) if gains is None else gains
     weights, lse = _weights(q, k, bias, mask, scale, visibility)
     mean_weights = _mean_weights(lse, k.shape[2], empty_rows, visibility)
 

@@ -104,7 +104,7 @@ def check_torch_kinds(
             raise _torch_type_error(f"'{name}'", "bool", flag)
 
 
-def check_torch_number(tensor: type, name: str, x: Any) -> float:
+def check_torch_number(tensor: Any, name: str, x: Any) -> float:
     """Return `x` as a float; raise TypeError unless it is a number, or a tensor of one element that needs no
     gradient."""
     plain_tensor = isinstance(x, tensor) and len(x.shape) == 0 and not x.requires_grad

@@ -88,7 +88,8 @@ def _backward(call: SdpaCall, implementation: str, residuals: Residuals, grads: 
         of_rows = jnp.where(takes_mean, dout, 0).sum(1, keepdims=True) / call.s
         dv += of_rows.reshape(call.b, 1, call.h_kv, call.group, call.e).sum(3)
     grads = zip((dq, dk, dv, dbias), operands[:4], strict=True)
-    return (Operands(*(None if dx is None else dx.astype(x.dtype) for dx, x in grads), None, None, None),)
+    dq, dk, dv, dbias = (None if dx is None else dx.astype(x.dtype) for dx, x in grads)
+    return (Operands(dq, dk, dv, dbias, None, None, None),)
 
 
 def _takes_mean(call: SdpaCall, operands: Operands, lse: Array) -> Array | None:

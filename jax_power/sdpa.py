@@ -53,7 +53,7 @@ def dot_product_attention(
     implementation: str | Sequence[str] | None = None,
     return_residual: Literal[True],
 ) -> tuple[Array, Array]: ...
-def dot_product_attention(
+def dot_product_attention(  # type: ignore[misc]  # shapes are of arrays; anything that becomes one is taken
     query: Float[Array, "*b t h_q d"],
     key: Float[Array, "*b s h_kv d"],
     value: Float[Array, "*b s h_kv e"],

@@ -126,7 +126,7 @@ def _(q, k, v, log_g, s0, z0, y, norm, dy, ds, dz, *options):
     return tuple(like(x) for x in (q, k, v, log_g, s0, z0))
 
 
-def _fold_batch(operator: Any):
+def _fold_batch(operator: Any) -> Callable[..., Any]:
     """vmap by folding the mapped axis into the batch, where every implementation is already parallel."""
 
     def rule(info, in_dims, *args):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -83,7 +84,7 @@ def scaled_dot_product_attention(
     return out if heads_last else out.contiguous()
 
 
-def _autocast(*arrays: Tensor | None) -> list[Tensor | None]:
+def _autocast(*arrays: Any) -> list[Any]:
     """Under `torch.autocast`, floating tensors but float64 in the autocast dtype, as for PyTorch's own function."""
     device = arrays[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):

@@ -117,8 +117,8 @@ def backward(
     tiles = _Tiles.of(call)
     wide = lse.dtype
     if call.b * call.h_q * call.t == 0 or call.s == 0:
-        zeros = (jnp.zeros(x.shape, wide) for x in (q, k, v))
-        return *zeros, jnp.zeros(bias.shape, wide) if call.bias_grad else None
+        dq, dk, dv = (jnp.zeros(x.shape, wide) for x in (q, k, v))
+        return dq, dk, dv, jnp.zeros(bias.shape, wide) if call.bias_grad else None
     delta = _grouped(call, (dout.astype(wide) * out).sum(-1, keepdims=True))
     q, k, v, dout = _grouped(call, q), _grouped_keys(k), _grouped_keys(v), _grouped(call, dout)
     # exp(S − L) of a row that saw no key must be 0, not exp(−∞ + ∞).
@@ -196,7 +196,8 @@ class _Tiles:
 
     def seen_from(self, row: Any) -> tuple[Any, Any]:
         """Range of column blocks with a key that some query of the block starting at `row` may see."""
-        first, last = 0, self.col_blocks
+        first: Any = 0
+        last: Any = self.col_blocks
         if self.call.causal:
             last = jnp.minimum(last, (row + self.rows - 1) // self.cols + 1)
         if self.call.window is not None:
@@ -207,7 +208,8 @@ class _Tiles:
 
     def seeing(self, m: Any) -> tuple[Any, Any]:
         """Range of row blocks with a query that may see some key of column block m."""
-        first, last = 0, self.row_blocks
+        first: Any = 0
+        last: Any = self.row_blocks
         if self.call.causal:
             first = m * self.cols // self.rows
         if self.call.window is not None:

@@ -11,6 +11,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def load() -> ctypes.CDLL:
 
 
 @functools.cache
-def _entry(operation: str) -> tuple[ctypes._CFuncPtr, ctypes._CFuncPtr]:
+def _entry(operation: str) -> tuple[Any, Any]:
     """The workspace and the run function of an operation, as power_<operation>[_workspace]_sm90."""
     library = load()
     workspace, run = getattr(library, f"power_{operation}_workspace_sm90"), getattr(library, f"power_{operation}_sm90")
