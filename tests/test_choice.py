@@ -22,7 +22,11 @@ def implementation(reason: str | None = None, device: str | None = None) -> spec
 @pytest.fixture
 def choice():
     return spec.Choice({
-        "op": {"fast": implementation(device="cuda"), "picky": implementation("dropout_p: not available"), "plain": implementation()},
+        "op": {
+            "fast": implementation(device="cuda"),
+            "picky": implementation("dropout_p: not available"),
+            "plain": implementation(),
+        },
         "other": {"plain": implementation()},
     })  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Wrong calls: each raises before any work, with the documented type and a text that names the argument, alike in both twins."""
+"""Wrong calls: each raises before any work, with the documented type and a text that names the argument, alike in both."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ WRONG: dict[str, tuple[tuple[str, dict[str, Any]], type[Exception], str]] = {
     "causal_none": (call(causal=None), TypeError, "causal=None: expected True or False"),
     "normalize_text": (call(normalize="yes"), TypeError, "normalize='yes': expected True or False, got str"),
     "return_state_number": (call(return_state=0), TypeError, "return_state=0: expected True or False, got int"),
-    "form_unknown": (call(form="linear"), ValueError, "form='linear': expected one of 'attention', 'chunked', 'recurrent', 'auto'"),
+    "form_unknown": (
+        call(form="linear"), ValueError, "form='linear': expected one of 'attention', 'chunked', 'recurrent', 'auto'",
+    ),
     "form_none": (call(form=None), ValueError, "form=None: expected one of"),
     "chunk_zero": (call(chunk_size=0), ValueError, "chunk_size=0: expected an integer >= 1 or None"),
     "chunk_negative": (call(chunk_size=-64), ValueError, "chunk_size=-64: expected an integer >= 1"),
@@ -105,7 +107,8 @@ WRONG: dict[str, tuple[tuple[str, dict[str, Any]], type[Exception], str]] = {
         call(causal=False, log_g=None, initial_state=STATE), ValueError, "initial_state: has no meaning with causal=False",
     ),
     "state_other_degree": (
-        call(initial_state=STATE, deg=4), ValueError, "initial_state.s: expected shape [2, 2, 5280, 8] ([b h_kv D e], D for d=16, deg=4)",
+        call(initial_state=STATE, deg=4), ValueError,
+        "initial_state.s: expected shape [2, 2, 5280, 8] ([b h_kv D e], D for d=16, deg=4)",
     ),
     "implementation_unknown": (call(implementation="triton"), ValueError, "implementation='triton': expected one of"),
     "implementation_in_list": (call(implementation=["triton"]), ValueError, "implementation='triton': expected one of"),
@@ -121,7 +124,9 @@ WRONG: dict[str, tuple[tuple[str, dict[str, Any]], type[Exception], str]] = {
     "sympow_deg": (call("sympow", deg=5), ValueError, "deg=5: a state is defined"),
     "sympow_size": (call("sympow", x=zeros(3, 7)), ValueError, "head size d=7: deg=2 needs a multiple of 8"),
     "size_deg": (call("state_size", deg=0), ValueError, "deg=0: expected an integer >= 1"),
-    "size_head": (call("state_size", d=20), ValueError, "head size d=20: deg=2 needs a multiple of 8, nearest usable: 16 or 24"),
+    "size_head": (
+        call("state_size", d=20), ValueError, "head size d=20: deg=2 needs a multiple of 8, nearest usable: 16 or 24",
+    ),
     "multiplicity_deg": (call("sympow_multiplicity", deg=7), ValueError, "deg=7: a state is defined"),
 }  # fmt: skip
 
