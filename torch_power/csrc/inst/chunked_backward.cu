@@ -13,7 +13,7 @@ struct BackwardWorkspace {
   RowFactors rows;
   __half *k, *v, *q, *dy, *transposed, *row_values, *states, *moments; /* transposed: of k, then of q; states: of S, then of dS */
   int *state_units, *moment_units;
-  float *column;
+  float2 *column;
   GateSums *gate_sums;
   int64_t bytes;
   BackwardWorkspace(void *base, const Sizes &z) {
@@ -23,14 +23,14 @@ struct BackwardWorkspace {
     gates = take_gates(arena, z);
     rows.q_scale = arena.take<float>(tokens), rows.dy_scale = arena.take<float>(tokens), rows.h = arena.take<float>(tokens);
     rows.h_decayed = arena.take<float>(tokens), rows.delta = arena.take<float>(tokens), rows.state_weight = arena.take<float>(tokens);
-    rows.tile_weight = arena.take<float>(q_heads * z.tiles);
+    rows.state_part = arena.take<float>(tokens), rows.tile_weight = arena.take<float>(q_heads * z.tiles);
     k = arena.take<__half>(staged_count(z, heads, z.padded_d)), v = arena.take<__half>(staged_count(z, heads, z.padded_e));
     q = arena.take<__half>(staged_count(z, q_heads, z.padded_d)), dy = arena.take<__half>(staged_count(z, q_heads, z.padded_e));
     transposed = arena.take<__half>(staged_count(z, q_heads, z.padded_d));
     row_values = arena.take<__half>(tokens);
     states = arena.take<__half>(states_count(z)), moments = arena.take<__half>(moments_count(z));
     state_units = arena.take<int>(z.chunks * heads), moment_units = arena.take<int>(z.chunks * heads);
-    column = arena.take<float>(heads * z.tokens);
+    column = arena.take<float2>(heads * z.tokens);
     gate_sums = arena.take<GateSums>(heads * z.chunks);
     bytes = arena.used();
   }
@@ -92,7 +92,7 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
                                      w.gates, w.rows, maxima, w.column, ds != nullptr, normalize};
   if (cudaError_t error = dispatch_sizes(z, [&](auto d, auto e) { return GradientLaunch<In, d.value, e.value>::kv(gradient_kv, stream); })) return error;
   if (a.dlog_g.data != nullptr) {
-    const GateGradientParams gate{z, w.column, w.rows.delta, normalize, s0, z0, floats(a.ds0), floats(a.dz0), w.gate_sums, ds == nullptr, floats(a.dlog_g),
+    const GateGradientParams gate{z, w.column, w.rows.delta, w.rows.state_part, normalize, s0, z0, floats(a.ds0), floats(a.dz0), w.gate_sums, ds == nullptr, floats(a.dlog_g),
                                   a.dlog_g.stride[0], a.dlog_g.stride[1], a.dlog_g.stride[2]};
     const dim3 grid(z.chunks, unsigned(heads));
     gate_sums_kernel<<<grid, GATE_THREADS, 0, stream>>>(gate);

@@ -29,6 +29,7 @@ struct RowFactors {
   float *h_decayed;     /* h · 2^(tile_prefix) */
   float *delta;         /* <dy, y>, unscaled: of the gates and, normalised, of ΔD */
   float *state_weight;  /* w · 2^STATE_GRADIENT_SHIFT */
+  float *state_part;    /* Σ P/den (<D, v^> − ΔD) through the state alone, in the units of <dy, y>: written by gradient_q_kernel */
   float *tile_weight;   /* [query head][tile]: bounds what a tile adds to the state gradient */
 };
 
@@ -111,29 +112,33 @@ __global__ void __launch_bounds__(PREPARE_THREADS) prepare_backward_kernel(const
 }
 
 struct GateSums {
-  double terms, squares, start; /* Σ terms, Σ terms², share of <ds0, s0> + <dz0, z0> */
+  double terms, state_terms, start; /* Σ terms; Σ of their parts through the state; share of <ds0, s0> + <dz0, z0> */
 };
 
 struct GateGradientParams {
   Sizes z;
-  const float *column; /* ½ <k_j, dk_j> per key-value head and token */
-  const float *delta;  /* row parts per query head and token; read with normalize = 0 */
+  const float2 *column;           /* ½ <k_j, dk_j> per key-value head and token: all of it, and what comes through the state */
+  const float *row, *row_state;   /* row parts per query head and token; the first is read with normalize = 0 */
   int normalize;
   const float *s0, *z0, *ds0, *dz0; /* may be null */
   GateSums *sums;                   /* [key-value head][chunk] */
-  int closed;                       /* nothing follows the last token: the running sum must end at 0 */
+  int closed;                       /* nothing follows the last token: the sum must end at 0 */
   float *dlog_g;
   int64_t batch, time, head;
 };
 
 constexpr int GATE_THREADS = 256;
 
-/* What token j adds to the running sum. */
-__device__ __forceinline__ double gate_term(const GateGradientParams &p, int kv, int token) {
-  float row = 0.f;
-  if (!p.normalize)
-    for (int member = 0; member < p.z.group; member++) row += p.delta[int64_t(kv * p.z.group + member) * p.z.tokens + token];
-  return double(p.column[int64_t(kv) * p.z.tokens + token]) - row;
+/* What token j adds to the running sum: by way of all pairs (x), and of those that go through a state (y). */
+__device__ __forceinline__ double2 gate_term(const GateGradientParams &p, int kv, int token) {
+  float row = 0.f, row_state = 0.f;
+  for (int member = 0; member < p.z.group; member++) {
+    const int64_t at = int64_t(kv * p.z.group + member) * p.z.tokens + token;
+    if (!p.normalize) row += p.row[at];
+    row_state += p.row_state[at];
+  }
+  const float2 column = p.column[int64_t(kv) * p.z.tokens + token];
+  return make_double2(double(column.x) - row, double(column.y) - row_state);
 }
 __device__ __forceinline__ double block_sum(double x) {
   __shared__ double partial[GATE_THREADS / 32];
@@ -149,15 +154,16 @@ __device__ __forceinline__ double block_sum(double x) {
 
 /* dlog_g_l = Σ over pairs (i ≥ l > j) of ∂L/∂w_ij w_ij = <ds0, s0> + <dz0, z0> + Σ_{j < l} (½ <k_j, dk_j> − row part of j): what tokens
  * before l gave to later rows, less what their own rows took. With normalize the row part, <dnum, num> + dden · den, is 0.
- * The sum runs over all of t and its rounding errors with it. It ends at <ds, s> + <dz, z> of the last state, which is 0 when no gradient
- * arrives there; then what it misses 0 by is spread back over the tokens in proportion to their terms' squares.
+ * Summed over all of t, rounding errors would grow with √t. So chunk ends come from the parts through the state alone, to which pairs inside a
+ * chunk add nothing; the last of them is 0 when no gradient arrives behind it, and what misses 0 is spread over the chunks. Between two chunk
+ * ends the full terms are summed, and what misses the second end is spread over the chunk.
  * First pass: each chunk's sums, and its share of the products of states. */
 static __global__ void __launch_bounds__(GATE_THREADS) gate_sums_kernel(const __grid_constant__ GateGradientParams p) {
   const int chunk = blockIdx.x, kv = blockIdx.y, first = chunk * p.z.chunk, last = min(first + p.z.chunk, p.z.t);
-  double sum = 0., squares = 0., start = 0.;
+  double sum = 0., state_sum = 0., start = 0.;
   for (int token = first + threadIdx.x; token < last; token += GATE_THREADS) {
-    const double term = gate_term(p, kv, token);
-    sum += term, squares += term * term;
+    const double2 term = gate_term(p, kv, token);
+    sum += term.x, state_sum += term.y;
   }
   if (p.s0 != nullptr) {
     const int64_t rows = int64_t(p.z.pairs) * 64;
@@ -166,8 +172,8 @@ static __global__ void __launch_bounds__(GATE_THREADS) gate_sums_kernel(const __
     for (int64_t i = chunk * GATE_THREADS + threadIdx.x; i < rows; i += gridDim.x * GATE_THREADS)
       start += double(p.z0[kv * rows + i]) * p.dz0[kv * rows + i];
   }
-  sum = block_sum(sum), squares = block_sum(squares), start = block_sum(start);
-  if (threadIdx.x == 0) p.sums[kv * p.z.chunks + chunk] = GateSums{sum, squares, start};
+  sum = block_sum(sum), state_sum = block_sum(state_sum), start = block_sum(start);
+  if (threadIdx.x == 0) p.sums[kv * p.z.chunks + chunk] = GateSums{sum, state_sum, start};
 }
 
 /* Second pass: the running sum through a chunk. */
@@ -175,19 +181,17 @@ static __global__ void __launch_bounds__(GATE_THREADS) gate_gradient_kernel(cons
   __shared__ double warp_sum[GATE_THREADS / 32];
   const int chunk = blockIdx.x, kv = blockIdx.y, batch = kv / p.z.h_kv, kv_head = kv % p.z.h_kv;
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, first = chunk * p.z.chunk, last = min(first + p.z.chunk, p.z.t);
-  double running = 0., end = 0., squares = 0., all_squares = 0.;
-  for (int i = threadIdx.x; i < p.z.chunks; i += GATE_THREADS) {
-    const GateSums sums = p.sums[kv * p.z.chunks + i];
-    running += sums.start + (i < chunk ? sums.terms : 0.), end += sums.start + sums.terms;
-    squares += i < chunk ? sums.squares : 0., all_squares += sums.squares;
-  }
-  running = block_sum(running), end = block_sum(end), squares = block_sum(squares), all_squares = block_sum(all_squares);
-  const double correction = p.closed && all_squares > 0. ? -end / all_squares : 0.;
-  running += correction * squares;
+  const GateSums *sums = p.sums + kv * p.z.chunks;
+  double running = 0., end = 0.;
+  for (int i = threadIdx.x; i < p.z.chunks; i += GATE_THREADS)
+    running += sums[i].start + (i < chunk ? sums[i].state_terms : 0.), end += sums[i].start + sums[i].state_terms;
+  running = block_sum(running), end = block_sum(end);
+  const double chunk_correction = p.closed ? -end / p.z.chunks : 0.;
+  running += chunk_correction * chunk;
+  const double correction = (sums[chunk].state_terms + chunk_correction - sums[chunk].terms) / (last - first);
   for (int block = first; block < last; block += GATE_THREADS) {
     const int token = block + threadIdx.x;
-    double term = token < last ? gate_term(p, kv, token) : 0.;
-    term += correction * term * term;
+    const double term = token < last ? gate_term(p, kv, token).x + correction : 0.;
     double sum = term;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {

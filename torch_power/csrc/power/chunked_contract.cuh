@@ -157,6 +157,22 @@ struct RowOperand {
   }
 };
 
+/* <x, dx> of the two rows this thread shares, in every one of the row's four lanes: x in shared memory, dx in accumulators. */
+template <int PADDED>
+__device__ __forceinline__ void row_products(float (&products)[2], const float (&dx)[PADDED / 2], uint32_t x_tile, const Lane &at) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float sum = 0.f;
+#pragma unroll
+    for (int n = 0; n < PADDED / 8; n++) {
+      const int row = at.warp * 16 + at.group + 8 * r;
+      const float2 x = Pair<__half>::unpack(load_shared_32(x_tile + (n / 8) * TILE_BYTES + swizzled(row, n % 8) + at.quad * 4));
+      sum += x.x * dx[4 * n + 2 * r] + x.y * dx[4 * n + 2 * r + 1];
+    }
+    products[r] = quad_sum(sum);
+  }
+}
+
 /* Accumulators of a gradient times per-row factors, rounded, written as whole rows through this warp's 16 rows of `tile`. */
 template <typename Out, int PADDED>
 __device__ __forceinline__ void write_rows(const float (&acc)[PADDED / 2], const float (&factor)[2], uint32_t tile, const View &out,

@@ -23,7 +23,7 @@ struct GradientKVParams {
   Gates gates;
   RowFactors rows;
   Maxima maxima;
-  float *column; /* ½ <k, dk> per key-value head and token */
+  float2 *column; /* ½ <k, dk> per key-value head and token: all of it, and what comes through the state */
   int has_state, normalize;
 };
 
@@ -33,8 +33,7 @@ struct GradientKVTiles {
   static constexpr int STAGE_BYTES = (D_TILES + E_TILES) * TILE_BYTES + 1024;
   static constexpr int ROWS_BYTES = 2 * (D_TILES + E_TILES) * TILE_BYTES, SLOTS_BYTES = 2 * Contraction<PADDED_D>::BYTES;
   static constexpr int STAGES = STAGE_BYTES > 24576 + 1024 ? 2 : STAGE_BYTES > 17408 ? 4 : 6;
-  static constexpr int ROW_STAGES = D_TILES + E_TILES == 2 ? 2 : 1; /* rows of the next block arrive during this one's, where there is room */
-  static constexpr int SMEM_BYTES = 1024 + ROW_STAGES * ROWS_BYTES + STAGES * STAGE_BYTES + SLOTS_BYTES + Ring<STAGES>::BYTES + Ring<ROW_STAGES>::BYTES;
+  static constexpr int SMEM_BYTES = 1024 + ROWS_BYTES + STAGES * STAGE_BYTES + SLOTS_BYTES + Ring<STAGES>::BYTES + 16;
 };
 
 /* From s~ (rows j, columns i) and <v^, D>: P/den 2^P_SHIFT and ds~ 2^DS_SHIFT as A fragments. `row_factors` hold 2^P_SHIFT and, off the diagonal, the
@@ -78,15 +77,17 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
   using T = GradientKVTiles<PADDED_D, PADDED_E>;
   constexpr int D_TILES = T::D_TILES, E_TILES = T::E_TILES;
   extern __shared__ uint8_t smem_raw[];
-  const uint32_t rows_smem = (smem_address(smem_raw) + 1023) & ~1023u, stages_smem = rows_smem + T::ROW_STAGES * T::ROWS_BYTES;
+  const uint32_t rows_smem = (smem_address(smem_raw) + 1023) & ~1023u, stages_smem = rows_smem + T::ROWS_BYTES;
   const uint32_t slots_smem = stages_smem + T::STAGES * T::STAGE_BYTES;
   const Ring<T::STAGES> ring{slots_smem + T::SLOTS_BYTES};
-  const Ring<T::ROW_STAGES> rows_ring{ring.barriers + Ring<T::STAGES>::BYTES};
+  const uint32_t rows_full = ring.barriers + Ring<T::STAGES>::BYTES;
 
-  const int heads = p.z.b * p.z.h_kv, items = RowBlock::count(p.z, heads, T::ROWS), group = threadIdx.x >> 7;
+  const RowBlock block(p.z, blockIdx.x, T::ROWS, false);
+  if (block.empty) return;
+  const int heads = p.z.b * p.z.h_kv, group = threadIdx.x >> 7;
   if (threadIdx.x == 0) {
     ring.init(8);
-    rows_ring.init(8);
+    mbarrier_init(rows_full, 1);
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -95,261 +96,241 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
     registers_lower<40>();
     if (threadIdx.x == 256) {
       RingPosition<T::STAGES> at;
-      RingPosition<T::ROW_STAGES> rows_at;
       auto fill = [&](const void *source, int bytes) {
         ring.acquire(at, bytes);
         bulk_load(stages_smem + at.slot * T::STAGE_BYTES, source, bytes, ring.full(at.slot));
         at.advance();
       };
+      const int chunk = block.chunk, kv = block.head, first_tile = block.first_tile;
+      const int query_tiles = min(p.z.chunk_tiles, (p.z.t - chunk * p.z.chunk + TILE - 1) / TILE);
+      const int64_t k_tile = int64_t(kv) * p.z.tiles + chunk * p.z.chunk_tiles;
+      mbarrier_expect(rows_full, T::ROWS_BYTES);
+      bulk_load(rows_smem, p.k + (k_tile + first_tile) * D_TILES * 4096, 2 * D_TILES * TILE_BYTES, rows_full);
+      bulk_load(rows_smem + 2 * D_TILES * TILE_BYTES, p.v + (k_tile + first_tile) * E_TILES * 4096, 2 * E_TILES * TILE_BYTES,
+                rows_full);
+      if (chunk < p.z.chunks - 1 || p.has_state) {
+        const __half *moments = p.moments + int64_t(chunk * heads + kv) * D_TILES * D_TILES * 4096;
+        for (int i = 0; i < D_TILES; i++) fill(moments + i * D_TILES * 4096, D_TILES * TILE_BYTES);
+        load_pairs<E_TILES>(p.states + int64_t(chunk * heads + kv) * p.z.pairs * E_TILES * 4096, p.z.pairs, p.z.feature_tiles, fill);
+      }
+      for (int member = 0; member < p.z.group; member++) {
+        const int64_t q_tile = int64_t(kv * p.z.group + member) * p.z.tiles + chunk * p.z.chunk_tiles;
 #pragma unroll 1
-      for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        const RowBlock block(p.z, item, T::ROWS, false);
-        if (block.empty) continue;
-        const int chunk = block.chunk, kv = block.head, first_tile = block.first_tile;
-        const int query_tiles = min(p.z.chunk_tiles, (p.z.t - chunk * p.z.chunk + TILE - 1) / TILE);
-        const int64_t k_tile = int64_t(kv) * p.z.tiles + chunk * p.z.chunk_tiles;
-        const uint32_t rows = rows_smem + rows_at.slot * T::ROWS_BYTES;
-        rows_ring.acquire(rows_at, T::ROWS_BYTES);
-        bulk_load(rows, p.k + (k_tile + first_tile) * D_TILES * 4096, 2 * D_TILES * TILE_BYTES, rows_ring.full(rows_at.slot));
-        bulk_load(rows + 2 * D_TILES * TILE_BYTES, p.v + (k_tile + first_tile) * E_TILES * 4096, 2 * E_TILES * TILE_BYTES,
-                  rows_ring.full(rows_at.slot));
-        rows_at.advance();
-        if (chunk < p.z.chunks - 1 || p.has_state) {
-          const __half *moments = p.moments + int64_t(chunk * heads + kv) * D_TILES * D_TILES * 4096;
-          for (int i = 0; i < D_TILES; i++) fill(moments + i * D_TILES * 4096, D_TILES * TILE_BYTES);
-          load_pairs<E_TILES>(p.states + int64_t(chunk * heads + kv) * p.z.pairs * E_TILES * 4096, p.z.pairs, p.z.feature_tiles, fill);
-        }
-        for (int member = 0; member < p.z.group; member++) {
-          const int64_t q_tile = int64_t(kv * p.z.group + member) * p.z.tiles + chunk * p.z.chunk_tiles;
-#pragma unroll 1
-          for (int tile = first_tile; tile < query_tiles; tile++) {
-            const uint32_t slot = stages_smem + at.slot * T::STAGE_BYTES, full = ring.full(at.slot), factors = slot + (D_TILES + E_TILES) * TILE_BYTES;
-            ring.acquire(at, (D_TILES + E_TILES) * TILE_BYTES + 512 + 16);
-            bulk_load(slot, p.q + (q_tile + tile) * D_TILES * 4096, D_TILES * TILE_BYTES, full);
-            bulk_load(slot + D_TILES * TILE_BYTES, p.dy + (q_tile + tile) * E_TILES * 4096, E_TILES * TILE_BYTES, full);
-            bulk_load(factors, p.rows.h_decayed + (q_tile + tile) * TILE, 256, full);
-            bulk_load(factors + 256, p.rows.delta + (q_tile + tile) * TILE, 256, full);
-            bulk_load(factors + 512, p.gates.tile_decay + (k_tile + tile) * TILE_FACTORS + TILE, 16, full);
-            at.advance();
-          }
+        for (int tile = first_tile; tile < query_tiles; tile++) {
+          const uint32_t slot = stages_smem + at.slot * T::STAGE_BYTES, full = ring.full(at.slot), factors = slot + (D_TILES + E_TILES) * TILE_BYTES;
+          ring.acquire(at, (D_TILES + E_TILES) * TILE_BYTES + 512 + 16);
+          bulk_load(slot, p.q + (q_tile + tile) * D_TILES * 4096, D_TILES * TILE_BYTES, full);
+          bulk_load(slot + D_TILES * TILE_BYTES, p.dy + (q_tile + tile) * E_TILES * 4096, E_TILES * TILE_BYTES, full);
+          bulk_load(factors, p.rows.h_decayed + (q_tile + tile) * TILE, 256, full);
+          bulk_load(factors + 256, p.rows.delta + (q_tile + tile) * TILE, 256, full);
+          bulk_load(factors + 512, p.gates.tile_decay + (k_tile + tile) * TILE_FACTORS + TILE, 16, full);
+          at.advance();
         }
       }
     }
   } else {
     registers_raise<232>();
     RingPosition<T::STAGES> at;
-    RingPosition<T::ROW_STAGES> rows_at;
-#pragma unroll 1
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
-      const RowBlock block(p.z, item, T::ROWS, false);
-      if (block.empty) continue;
-      const Lane lane;
-      const int chunk = block.chunk, kv = block.head, first_tile = block.first_tile, own_tile = first_tile + group;
-      const int row = lane.warp * 16 + lane.group;
-      const int query_tiles = min(p.z.chunk_tiles, (p.z.t - chunk * p.z.chunk + TILE - 1) / TILE);
-      const int64_t k_tile = int64_t(kv) * p.z.tiles + chunk * p.z.chunk_tiles;
-      const bool has_state = chunk < p.z.chunks - 1 || p.has_state;
-      const uint32_t k_rows = rows_smem + rows_at.slot * T::ROWS_BYTES + group * D_TILES * TILE_BYTES;
-      const uint32_t v_rows = rows_smem + rows_at.slot * T::ROWS_BYTES + (2 * D_TILES + group * E_TILES) * TILE_BYTES;
-      const int64_t k_row = (k_tile + own_tile) * TILE + row;
-      const int dy_exponent = scaling_exponent(p.maxima.dy[kv], DY_RANGE), v_exponent = scaling_exponent(p.maxima.v[kv], V_RANGE);
-      float dk[PADDED_D / 2], dv[PADDED_E / 2], row_prefix[2], tile_decay[2], chunk_decay[2];
+    const Lane lane;
+    const int chunk = block.chunk, kv = block.head, first_tile = block.first_tile, own_tile = first_tile + group;
+    const int row = lane.warp * 16 + lane.group;
+    const int query_tiles = min(p.z.chunk_tiles, (p.z.t - chunk * p.z.chunk + TILE - 1) / TILE);
+    const int64_t k_tile = int64_t(kv) * p.z.tiles + chunk * p.z.chunk_tiles;
+    const bool has_state = chunk < p.z.chunks - 1 || p.has_state;
+    const uint32_t k_rows = rows_smem + group * D_TILES * TILE_BYTES;
+    const uint32_t v_rows = rows_smem + (2 * D_TILES + group * E_TILES) * TILE_BYTES;
+    const int64_t k_row = (k_tile + own_tile) * TILE + row;
+    const int dy_exponent = scaling_exponent(p.maxima.dy[kv], DY_RANGE), v_exponent = scaling_exponent(p.maxima.v[kv], V_RANGE);
+    float dk[PADDED_D / 2], dv[PADDED_E / 2], row_prefix[2], tile_decay[2], chunk_decay[2];
 #pragma unroll
-      for (int i = 0; i < PADDED_E / 2; i++) dv[i] = 0.f;
+    for (int i = 0; i < PADDED_E / 2; i++) dv[i] = 0.f;
 #pragma unroll
-      for (int r = 0; r < 2; r++) {
-        row_prefix[r] = p.gates.tile_prefix[k_row + 8 * r], chunk_decay[r] = p.gates.chunk_decay[k_row + 8 * r];
-        tile_decay[r] = p.gates.tile_decay[(k_tile + own_tile) * TILE_FACTORS + row + 8 * r];
-      }
-      rows_ring.wait(rows_at);
+    for (int r = 0; r < 2; r++) {
+      row_prefix[r] = p.gates.tile_prefix[k_row + 8 * r], chunk_decay[r] = p.gates.chunk_decay[k_row + 8 * r];
+      tile_decay[r] = p.gates.tile_decay[(k_tile + own_tile) * TILE_FACTORS + row + 8 * r];
+    }
+    mbarrier_wait(rows_full, 0);
 
-      if (has_state) {
-        float *slots = reinterpret_cast<float *>(smem_raw + (slots_smem - smem_address(smem_raw)) + group * Contraction<PADDED_D>::BYTES);
-        Contraction<PADDED_D> contraction{k_rows, slots, p.z.feature_tiles};
-        const int state_unit = p.state_units[chunk * heads + kv], moment_unit = p.moment_units[chunk * heads + kv];
-        {
-          uint32_t a[D_TILES][4][4];
-#pragma unroll
-          for (int h = 0; h < D_TILES; h++) load_fragments(a[h], k_rows + h * TILE_BYTES, lane);
-#pragma unroll
-          for (int h = 0; h < D_TILES; h++) {
-            ring.wait(at);
-            pin(a[h]);
-            pin(dk);
-            wgmma_fence();
-            const uint64_t b = matrix_descriptor(stages_smem + at.slot * T::STAGE_BYTES, 1024, TILE_BYTES);
-#pragma unroll
-            for (int s = 0; s < 4; s++)
-              Wgmma<PADDED_D, __half>::template rs<MN_MAJOR>(dk, a[h][s], b + descriptor_offset(s * 2048), h + s > 0);
-            wgmma_commit();
-            wgmma_wait<0>();
-            pin(dk);
-            ring.release(at.slot);
-            at.advance();
-          }
-          const float unit = 2.f * power_of_two(moment_unit - state_unit);
-#pragma unroll
-          for (int n = 0; n < PADDED_D / 8; n++)
-#pragma unroll
-            for (int r = 0; r < 2; r++) contraction.slot(lane, r, n) = make_float2(dk[4 * n + 2 * r] * unit, dk[4 * n + 2 * r + 1] * unit);
-        }
-        uint32_t a[D_TILES + E_TILES > 2 ? 1 : 2][4][4];
-        constexpr int SETS = D_TILES + E_TILES > 2 ? 1 : 2;
-        float u[SETS][32];
-        RowOperand<E_TILES> v(v_rows, lane);
-        contraction.load_i(lane);
-        PairWalk next; /* the pair whose products start next */
-        RingPosition<T::STAGES> done = at;
-        pipeline_pairs<SETS>(
-            p.z.pairs,
-            [&](auto half) {
-              uint32_t(&fragments)[4][4] = a[half.value];
-              ring.wait(at);
-              const uint32_t state = stages_smem + at.slot * T::STAGE_BYTES;
-              expand_queries<4>(fragments, k_rows + (next.i / 8) * TILE_BYTES + swizzled(row, next.i % 8),
-                                k_rows + (next.j / 8) * TILE_BYTES + swizzled(row, next.j % 8) + lane.quad * 4);
-              /* The last of an odd number of pairs comes twice, the second time for nothing. */
-              const uint32_t keep = next.i < p.z.feature_tiles ? ~0u : 0u;
-#pragma unroll
-              for (int s = 0; s < 4; s++)
-#pragma unroll
-                for (int x = 0; x < 4; x++) fragments[s][x] &= keep;
-              next.advance(p.z.feature_tiles);
-              pin(u[half.value]);
-              pin(fragments);
-              v.hold();
-              pin(dv);
-              wgmma_fence();
-              v.times(u[half.value], state);
-              const uint64_t b = matrix_descriptor(state, 1024, TILE_BYTES);
-#pragma unroll
-              for (int s = 0; s < 4; s++) Wgmma<PADDED_E, __half>::template rs<MN_MAJOR>(dv, fragments[s], b + descriptor_offset(s * 2048), 1);
-              wgmma_commit();
-              at.advance();
-            },
-            [&](auto half, bool real) {
-              pin(u[half.value]);
-              ring.release(done.slot);
-              done.advance();
-              if (real) contraction.add(u[half.value], lane);
-            });
-        pin(dv);
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const float factor = chunk_decay[r] * power_of_two(state_unit - STATE_GRADIENT_SHIFT);
-          const float k_factor = factor * float(1 << DS_SHIFT), v_factor = factor * float(1 << P_SHIFT);
-#pragma unroll
-          for (int n = 0; n < PADDED_D / 8; n++) {
-            const float2 dx = contraction.slot(lane, r, n);
-            dk[4 * n + 2 * r] = dx.x * k_factor, dk[4 * n + 2 * r + 1] = dx.y * k_factor;
-          }
-#pragma unroll
-          for (int n = 0; n < PADDED_E / 8; n++) dv[4 * n + 2 * r] *= v_factor, dv[4 * n + 2 * r + 1] *= v_factor;
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < PADDED_D / 2; i++) dk[i] = 0.f;
-      }
-
-      /* Inside the chunk. */
+    if (has_state) {
+      float *slots = reinterpret_cast<float *>(smem_raw + (slots_smem - smem_address(smem_raw)) + group * Contraction<PADDED_D>::BYTES);
+      Contraction<PADDED_D> contraction{k_rows, slots, p.z.feature_tiles};
+      const int state_unit = p.state_units[chunk * heads + kv], moment_unit = p.moment_units[chunk * heads + kv];
       {
-        const float delta_factor = p.normalize ? power_of_two(dy_exponent) * power_of_two(v_exponent) : 0.f;
-        constexpr int COLUMNS = D_TILES + E_TILES > 2 ? 32 : 64; /* queries at a time: wide accumulators leave registers for 32 */
-        float s[COLUMNS / 2], dp[COLUMNS / 2], reach[2];
-        uint32_t weights[COLUMNS / 16][4], ds[COLUMNS / 16][4];
-        auto attend_tile = [&](auto diagonal_constant, int64_t q_tile, int tile) {
-          constexpr bool DIAGONAL = decltype(diagonal_constant)::value;
+        uint32_t a[D_TILES][4][4];
+#pragma unroll
+        for (int h = 0; h < D_TILES; h++) load_fragments(a[h], k_rows + h * TILE_BYTES, lane);
+#pragma unroll
+        for (int h = 0; h < D_TILES; h++) {
           ring.wait(at);
-          const uint32_t queries = stages_smem + at.slot * T::STAGE_BYTES, dy = queries + D_TILES * TILE_BYTES, factors = dy + E_TILES * TILE_BYTES;
-          if constexpr (DIAGONAL) reach[0] = reach[1] = float(1 << P_SHIFT);
+          pin(a[h]);
+          pin(dk);
+          wgmma_fence();
+          const uint64_t b = matrix_descriptor(stages_smem + at.slot * T::STAGE_BYTES, 1024, TILE_BYTES);
 #pragma unroll
-          for (int column = 0; column < TILE; column += COLUMNS) {
-            pin(s);
-            pin(dp);
-            wgmma_fence();
-#pragma unroll
-            for (int i = 0; i < D_TILES; i++)
-#pragma unroll
-              for (int step = 0; step < 4; step++)
-                Wgmma<COLUMNS, __half>::template ss<K_MAJOR, K_MAJOR>(
-                    s, matrix_descriptor(k_rows + i * TILE_BYTES + step * 32),
-                    matrix_descriptor(queries + i * TILE_BYTES + column * 128 + step * 32), i + step > 0);
-#pragma unroll
-            for (int i = 0; i < E_TILES; i++)
-#pragma unroll
-              for (int step = 0; step < 4; step++)
-                Wgmma<COLUMNS, __half>::template ss<K_MAJOR, K_MAJOR>(
-                    dp, matrix_descriptor(v_rows + i * TILE_BYTES + step * 32),
-                    matrix_descriptor(dy + i * TILE_BYTES + column * 128 + step * 32), i + step > 0);
-            wgmma_commit();
-            wgmma_wait<0>();
-            pin(s);
-            pin(dp);
-            key_gradients<DIAGONAL, COLUMNS>(s, dp, weights, ds, reach, row_prefix, p.gates.tile_prefix + (k_tile + tile) * TILE,
-                                             p.rows.h + (q_tile + tile) * TILE, factors, column, delta_factor, lane);
-            pin(weights);
-            pin(ds);
-            pin(dk);
-            pin(dv);
-            wgmma_fence();
-            const uint64_t q_b = matrix_descriptor(queries + column * 128, 1024, TILE_BYTES), dy_b = matrix_descriptor(dy + column * 128, 1024, TILE_BYTES);
-#pragma unroll
-            for (int step = 0; step < COLUMNS / 16; step++) {
-              Wgmma<PADDED_E, __half>::template rs<MN_MAJOR>(dv, weights[step], dy_b + descriptor_offset(step * 2048), 1);
-              Wgmma<PADDED_D, __half>::template rs<MN_MAJOR>(dk, ds[step], q_b + descriptor_offset(step * 2048), 1);
-            }
-            wgmma_commit();
-            wgmma_wait<0>();
-            pin(dk);
-            pin(dv);
-          }
-          if constexpr (DIAGONAL) {
-            reach[0] = tile_decay[0] * float(1 << P_SHIFT), reach[1] = tile_decay[1] * float(1 << P_SHIFT);
-          } else {
-            const float decay = __uint_as_float(load_shared_32(factors + 512));
-            reach[0] *= decay, reach[1] *= decay;
-          }
+          for (int s = 0; s < 4; s++)
+            Wgmma<PADDED_D, __half>::template rs<MN_MAJOR>(dk, a[h][s], b + descriptor_offset(s * 2048), h + s > 0);
+          wgmma_commit();
+          wgmma_wait<0>();
+          pin(dk);
           ring.release(at.slot);
           at.advance();
-        };
-        for (int member = 0; member < p.z.group; member++) {
-          const int64_t q_tile = int64_t(kv * p.z.group + member) * p.z.tiles + chunk * p.z.chunk_tiles;
-          int tile = first_tile;
-          for (; tile < min(own_tile, query_tiles); tile++) { /* queries before all of this warpgroup's rows */
-            ring.wait(at);
-            ring.release(at.slot);
-            at.advance();
-          }
-          if (tile < query_tiles) attend_tile(std::true_type{}, q_tile, tile++);
-#pragma unroll 1
-          for (; tile < query_tiles; tile++) attend_tile(std::false_type{}, q_tile, tile);
         }
+        const float unit = 2.f * power_of_two(moment_unit - state_unit);
+#pragma unroll
+        for (int n = 0; n < PADDED_D / 8; n++)
+#pragma unroll
+          for (int r = 0; r < 2; r++) contraction.slot(lane, r, n) = make_float2(dk[4 * n + 2 * r] * unit, dk[4 * n + 2 * r + 1] * unit);
       }
-
-      /* ½ <k^, dk^>: what later rows took from these keys, before rounding. */
-      const int k_exponent = scaling_exponent(p.maxima.k[kv], K_RANGE);
-      const float unit = power_of_two(-dy_exponent) * float(1.0 / (1 << DS_SHIFT)) * power_of_two(-v_exponent);
+      uint32_t a[D_TILES + E_TILES > 2 ? 1 : 2][4][4];
+      constexpr int SETS = D_TILES + E_TILES > 2 ? 1 : 2;
+      float u[SETS][32];
+      RowOperand<E_TILES> v(v_rows, lane);
+      contraction.load_i(lane);
+      PairWalk next; /* the pair whose products start next */
+      RingPosition<T::STAGES> done = at;
+      pipeline_pairs<SETS>(
+          p.z.pairs,
+          [&](auto half) {
+            uint32_t(&fragments)[4][4] = a[half.value];
+            ring.wait(at);
+            const uint32_t state = stages_smem + at.slot * T::STAGE_BYTES;
+            expand_queries<4>(fragments, k_rows + (next.i / 8) * TILE_BYTES + swizzled(row, next.i % 8),
+                              k_rows + (next.j / 8) * TILE_BYTES + swizzled(row, next.j % 8) + lane.quad * 4);
+            /* The last of an odd number of pairs comes twice, the second time for nothing. */
+            const uint32_t keep = next.i < p.z.feature_tiles ? ~0u : 0u;
+#pragma unroll
+            for (int s = 0; s < 4; s++)
+#pragma unroll
+              for (int x = 0; x < 4; x++) fragments[s][x] &= keep;
+            next.advance(p.z.feature_tiles);
+            pin(u[half.value]);
+            pin(fragments);
+            v.hold();
+            pin(dv);
+            wgmma_fence();
+            v.times(u[half.value], state);
+            const uint64_t b = matrix_descriptor(state, 1024, TILE_BYTES);
+#pragma unroll
+            for (int s = 0; s < 4; s++) Wgmma<PADDED_E, __half>::template rs<MN_MAJOR>(dv, fragments[s], b + descriptor_offset(s * 2048), 1);
+            wgmma_commit();
+            at.advance();
+          },
+          [&](auto half, bool real) {
+            pin(u[half.value]);
+            ring.release(done.slot);
+            done.advance();
+            if (real) contraction.add(u[half.value], lane);
+          });
+      pin(dv);
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        float dot = 0.f;
+        const float factor = chunk_decay[r] * power_of_two(state_unit - STATE_GRADIENT_SHIFT);
+        const float k_factor = factor * float(1 << DS_SHIFT), v_factor = factor * float(1 << P_SHIFT);
 #pragma unroll
         for (int n = 0; n < PADDED_D / 8; n++) {
-          const float2 k = Pair<__half>::unpack(load_shared_32(k_rows + (n / 8) * TILE_BYTES + swizzled(row + 8 * r, n % 8) + lane.quad * 4));
-          dot += k.x * dk[4 * n + 2 * r] + k.y * dk[4 * n + 2 * r + 1];
+          const float2 dx = contraction.slot(lane, r, n);
+          dk[4 * n + 2 * r] = dx.x * k_factor, dk[4 * n + 2 * r + 1] = dx.y * k_factor;
         }
-        dot = quad_sum(dot);
-        if (lane.quad == 0 && p.column != nullptr) p.column[k_row + 8 * r] = 0.5f * dot * unit;
+#pragma unroll
+        for (int n = 0; n < PADDED_E / 8; n++) dv[4 * n + 2 * r] *= v_factor, dv[4 * n + 2 * r + 1] *= v_factor;
       }
-      const float k_factor = unit * power_of_two(k_exponent), v_factor = power_of_two(-dy_exponent) * float(1.0 / (1 << P_SHIFT));
-      const float k_factors[2] = {k_factor, k_factor}, v_factors[2] = {v_factor, v_factor};
-      named_barrier_sync(CONSUMER + group, 128); /* every warp has done with these rows, which now take the gradients */
-      const int batch = kv / p.z.h_kv, own = kv % p.z.h_kv, token = chunk * p.z.chunk + own_tile * TILE;
-      write_rows<Out, PADDED_D>(dk, k_factors, k_rows, p.dk, batch * p.dk.batch + own * p.dk.head, token, p.z.t, p.z.d, lane);
-      write_rows<Out, PADDED_E>(dv, v_factors, v_rows, p.dv, batch * p.dv.batch + own * p.dv.head, token, p.z.t, p.z.e, lane);
-      fence_proxy_async(); /* these rows' ordinary accesses, before the copy engine writes there again */
-      rows_ring.release(rows_at.slot);
-      rows_at.advance();
+      float products[2]; /* written at once: later they would need registers */
+      row_products<PADDED_D>(products, dk, k_rows, lane);
+      const float unit = power_of_two(-dy_exponent) * float(0.5 / (1 << DS_SHIFT)) * power_of_two(-v_exponent);
+      if (lane.quad == 0) p.column[k_row].y = products[0] * unit, p.column[k_row + 8].y = products[1] * unit;
+    } else {
+      if (lane.quad == 0) p.column[k_row].y = 0.f, p.column[k_row + 8].y = 0.f;
+#pragma unroll
+      for (int i = 0; i < PADDED_D / 2; i++) dk[i] = 0.f;
     }
+
+    /* Inside the chunk. */
+    {
+      const float delta_factor = p.normalize ? power_of_two(dy_exponent) * power_of_two(v_exponent) : 0.f;
+      constexpr int COLUMNS = D_TILES + E_TILES > 2 ? 32 : 64; /* queries at a time: wide accumulators leave registers for 32 */
+      float s[COLUMNS / 2], dp[COLUMNS / 2], reach[2];
+      uint32_t weights[COLUMNS / 16][4], ds[COLUMNS / 16][4];
+      auto attend_tile = [&](auto diagonal_constant, int64_t q_tile, int tile) {
+        constexpr bool DIAGONAL = decltype(diagonal_constant)::value;
+        ring.wait(at);
+        const uint32_t queries = stages_smem + at.slot * T::STAGE_BYTES, dy = queries + D_TILES * TILE_BYTES, factors = dy + E_TILES * TILE_BYTES;
+        if constexpr (DIAGONAL) reach[0] = reach[1] = float(1 << P_SHIFT);
+#pragma unroll
+        for (int column = 0; column < TILE; column += COLUMNS) {
+          pin(s);
+          pin(dp);
+          wgmma_fence();
+#pragma unroll
+          for (int i = 0; i < D_TILES; i++)
+#pragma unroll
+            for (int step = 0; step < 4; step++)
+              Wgmma<COLUMNS, __half>::template ss<K_MAJOR, K_MAJOR>(
+                  s, matrix_descriptor(k_rows + i * TILE_BYTES + step * 32),
+                  matrix_descriptor(queries + i * TILE_BYTES + column * 128 + step * 32), i + step > 0);
+#pragma unroll
+          for (int i = 0; i < E_TILES; i++)
+#pragma unroll
+            for (int step = 0; step < 4; step++)
+              Wgmma<COLUMNS, __half>::template ss<K_MAJOR, K_MAJOR>(
+                  dp, matrix_descriptor(v_rows + i * TILE_BYTES + step * 32),
+                  matrix_descriptor(dy + i * TILE_BYTES + column * 128 + step * 32), i + step > 0);
+          wgmma_commit();
+          wgmma_wait<0>();
+          pin(s);
+          pin(dp);
+          key_gradients<DIAGONAL, COLUMNS>(s, dp, weights, ds, reach, row_prefix, p.gates.tile_prefix + (k_tile + tile) * TILE,
+                                           p.rows.h + (q_tile + tile) * TILE, factors, column, delta_factor, lane);
+          pin(weights);
+          pin(ds);
+          pin(dk);
+          pin(dv);
+          wgmma_fence();
+          const uint64_t q_b = matrix_descriptor(queries + column * 128, 1024, TILE_BYTES), dy_b = matrix_descriptor(dy + column * 128, 1024, TILE_BYTES);
+#pragma unroll
+          for (int step = 0; step < COLUMNS / 16; step++) {
+            Wgmma<PADDED_E, __half>::template rs<MN_MAJOR>(dv, weights[step], dy_b + descriptor_offset(step * 2048), 1);
+            Wgmma<PADDED_D, __half>::template rs<MN_MAJOR>(dk, ds[step], q_b + descriptor_offset(step * 2048), 1);
+          }
+          wgmma_commit();
+          wgmma_wait<0>();
+          pin(dk);
+          pin(dv);
+        }
+        if constexpr (DIAGONAL) {
+          reach[0] = tile_decay[0] * float(1 << P_SHIFT), reach[1] = tile_decay[1] * float(1 << P_SHIFT);
+        } else {
+          const float decay = __uint_as_float(load_shared_32(factors + 512));
+          reach[0] *= decay, reach[1] *= decay;
+        }
+        ring.release(at.slot);
+        at.advance();
+      };
+      for (int member = 0; member < p.z.group; member++) {
+        const int64_t q_tile = int64_t(kv * p.z.group + member) * p.z.tiles + chunk * p.z.chunk_tiles;
+        int tile = first_tile;
+        for (; tile < min(own_tile, query_tiles); tile++) { /* queries before all of this warpgroup's rows */
+          ring.wait(at);
+          ring.release(at.slot);
+          at.advance();
+        }
+        if (tile < query_tiles) attend_tile(std::true_type{}, q_tile, tile++);
+#pragma unroll 1
+        for (; tile < query_tiles; tile++) attend_tile(std::false_type{}, q_tile, tile);
+      }
+    }
+
+    /* ½ <k^, dk^>: what later rows took from these keys, before rounding. */
+    const int k_exponent = scaling_exponent(p.maxima.k[kv], K_RANGE);
+    const float unit = power_of_two(-dy_exponent) * float(1.0 / (1 << DS_SHIFT)) * power_of_two(-v_exponent);
+    float products[2];
+    row_products<PADDED_D>(products, dk, k_rows, lane);
+    if (lane.quad == 0) p.column[k_row].x = 0.5f * products[0] * unit, p.column[k_row + 8].x = 0.5f * products[1] * unit;
+    const float k_factor = unit * power_of_two(k_exponent), v_factor = power_of_two(-dy_exponent) * float(1.0 / (1 << P_SHIFT));
+    const float k_factors[2] = {k_factor, k_factor}, v_factors[2] = {v_factor, v_factor};
+    named_barrier_sync(CONSUMER + group, 128); /* every warp has done with these rows, which now take the gradients */
+    const int batch = kv / p.z.h_kv, own = kv % p.z.h_kv, token = chunk * p.z.chunk + own_tile * TILE;
+    write_rows<Out, PADDED_D>(dk, k_factors, k_rows, p.dk, batch * p.dk.batch + own * p.dk.head, token, p.z.t, p.z.d, lane);
+    write_rows<Out, PADDED_E>(dv, v_factors, v_rows, p.dv, batch * p.dv.batch + own * p.dv.head, token, p.z.t, p.z.e, lane);
   }
 }
 

@@ -9,14 +9,6 @@ inline cudaError_t allow_smem(Kernel kernel, int bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
-/* Blocks of a kernel that walks over `items` and fits once on a multiprocessor. */
-inline int resident_blocks(int items) {
-  int device = 0, multiprocessors = 132;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  return items < multiprocessors ? items : multiprocessors;
-}
-
 template <int PADDED_D, int PADDED_E>
 cudaError_t UpdateLaunch<PADDED_D, PADDED_E>::update(const UpdateParams &p, cudaStream_t stream) {
   auto kernel = update_state_kernel<PADDED_D, PADDED_E>;
@@ -32,7 +24,7 @@ cudaError_t QueryLaunch<In, PADDED_D, PADDED_E>::query(const QueryParams &p, cud
   auto kernel = query_kernel<In, PADDED_D, PADDED_E>;
   using T = QueryTiles<PADDED_D, PADDED_E>;
   if (cudaError_t error = allow_smem(kernel, T::SMEM_BYTES)) return error;
-  kernel<<<resident_blocks(RowBlock::count(p.z, p.z.b * p.z.h_q, T::ROWS)), 384, T::SMEM_BYTES, stream>>>(p);
+  kernel<<<RowBlock::count(p.z, p.z.b * p.z.h_q, T::ROWS), 384, T::SMEM_BYTES, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -41,7 +33,7 @@ cudaError_t GradientLaunch<In, PADDED_D, PADDED_E>::q(const GradientQParams &p, 
   auto kernel = gradient_q_kernel<In, PADDED_D, PADDED_E>;
   using T = GradientQTiles<PADDED_D, PADDED_E>;
   if (cudaError_t error = allow_smem(kernel, T::SMEM_BYTES)) return error;
-  kernel<<<resident_blocks(RowBlock::count(p.z, p.z.b * p.z.h_q, T::ROWS)), 384, T::SMEM_BYTES, stream>>>(p);
+  kernel<<<RowBlock::count(p.z, p.z.b * p.z.h_q, T::ROWS), 384, T::SMEM_BYTES, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -50,7 +42,7 @@ cudaError_t GradientLaunch<In, PADDED_D, PADDED_E>::kv(const GradientKVParams &p
   auto kernel = gradient_kv_kernel<In, PADDED_D, PADDED_E>;
   using T = GradientKVTiles<PADDED_D, PADDED_E>;
   if (cudaError_t error = allow_smem(kernel, T::SMEM_BYTES)) return error;
-  kernel<<<resident_blocks(RowBlock::count(p.z, p.z.b * p.z.h_kv, T::ROWS)), 384, T::SMEM_BYTES, stream>>>(p);
+  kernel<<<RowBlock::count(p.z, p.z.b * p.z.h_kv, T::ROWS), 384, T::SMEM_BYTES, stream>>>(p);
   return cudaGetLastError();
 }
 

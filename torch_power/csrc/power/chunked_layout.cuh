@@ -139,8 +139,7 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-/* One piece of work of the kernels that take rows in blocks: ROWS rows of a chunk of one head. Blocks walk over them, one a time and
- * gridDim.x apart, so that the loading warp is ahead of the others across the seam. Heads come one after the other, since one head's states
+/* What a block of the kernels that take rows in blocks works on: ROWS rows of a chunk of one head. Heads come one after the other, since one head's states
  * fit in L2, where all row blocks of a chunk find them (chunks of all heads in turn: 8% to 60% slower); within a head the row blocks that meet
  * most tiles of their chunk come first. Row blocks beyond t come out as empty. */
 struct RowBlock {
@@ -156,15 +155,11 @@ struct RowBlock {
   static __host__ __device__ int count(const Sizes &z, int heads, int rows) { return z.chunks * (z.chunk / rows) * heads; }
 };
 
-/* Where a thread sits in its warpgroup's fragments. Made anew inside a loop over work, it keeps the compiler from computing every address
- * that depends on it before the loop and holding them all in registers. */
+/* Where a thread sits in its warpgroup's fragments. */
 struct Lane {
   int warp, group, quad, lane;
-  __device__ __forceinline__ Lane() {
-    int thread = threadIdx.x;
-    asm volatile("" : "+r"(thread));
-    warp = (thread >> 5) & 3, group = (thread & 31) >> 2, quad = thread & 3, lane = thread & 31;
-  }
+  __device__ __forceinline__ Lane()
+      : warp((threadIdx.x >> 5) & 3), group((threadIdx.x & 31) >> 2), quad(threadIdx.x & 3), lane(threadIdx.x & 31) {}
 };
 
 /* A fragments (four k-steps) of 64 swizzled 128-byte rows: this warp's rows 16w … 16w + 15. */
