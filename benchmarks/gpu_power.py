@@ -105,7 +105,7 @@ def measure(name: str, b: int, t: int, h: int, d: int) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     q, k, v, dy = (torch.randn(b, t, h, d, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     log_g = F.logsigmoid(torch.randn(b, t, h, device="cuda") + 3)
-    row = {"contestant": name, "b": b, "t": t, "h": h, "d": d} | CONTESTANTS[name](Arrays(q, k, v, dy, log_g))
+    row: dict[str, Any] = {"contestant": name, "b": b, "t": t, "h": h, "d": d} | CONTESTANTS[name](Arrays(q, k, v, dy, log_g))
     row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
     where = f"b{b} t{t:7d} h{h:3d} d{d:3d} {name:14s}"
     if not row["error"] < 1e-2:
