@@ -55,7 +55,7 @@ def sdpa_rows(t: int, dtype: str, which: str, rounds: int) -> list[dict[str, Any
 def peak_bytes(implementation: str, t: int) -> int:
     """Most memory in use during forward and backward above what was in use before, in a process of its own."""
     arrays = registry.Shape(t).make()
-    task = measure.Task("torch_power", "power", implementation, "cpu", "float32", arrays, budget=0.0, keep_results=False)
+    task = measure.Task("torch_power", "power", implementation, "cpu", "float32", arrays, keep_results=False)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         outcome = pool.submit(measure.measure, task).result()

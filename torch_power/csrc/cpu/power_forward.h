@@ -210,9 +210,10 @@ template <class T> struct PowerForward {
   static int64_t workspace(const PowerAttentionShape &shape, int threads) {
     PowerAttentionArrays none = {};
     Arena arena{0, 0};
+    arena.take<Scratch>(threads);
     T *state;
     PowerForward(shape, none, threads).reserve(arena, threads, nullptr, &state);
-    return arena.used + round_up(threads * int64_t(sizeof(Scratch)), 64);
+    return arena.used;
   }
 
   static void run(const PowerAttentionShape &shape, const PowerAttentionArrays &arrays, void *workspace, const PowerExecutor *executor) {

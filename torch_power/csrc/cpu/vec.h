@@ -7,6 +7,9 @@
 
 #include <stdint.h>
 #include <string.h>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "../abi.h"
 
@@ -258,13 +261,21 @@ template <class T> inline void transpose(const T *rows, int64_t row_ld, int64_t 
       for (int64_t c = c0; c < min64(c0 + kBlock, columns); ++c) out[c * ld + i] = rows[i * row_ld + c];
 }
 
-// Scratch handed out of the caller's workspace in order; with base == 0 it only counts, which is how sizes are queried.
+// Scratch handed out of the caller's workspace in order; with base == 0 it only counts, which is how sizes are queried. Under
+// AddressSanitizer a gap that must not be touched follows every array (dispatch.cpp gives the workspace back whole).
 struct Arena {
   uintptr_t base;
   int64_t used;
   template <class T> T *take(int64_t count) {
     T *p = reinterpret_cast<T *>(base + uintptr_t(used));
-    used += round_up(count * int64_t(sizeof(T)), 64);
+    int64_t bytes = count * int64_t(sizeof(T));
+#if defined(__SANITIZE_ADDRESS__)
+    int64_t whole = round_up(bytes, 64) + 64;
+    if (base) __asan_poison_memory_region(reinterpret_cast<char *>(p) + bytes, size_t(whole - bytes));
+#else
+    int64_t whole = round_up(bytes, 64);
+#endif
+    used += whole;
     return p;
   }
 };
