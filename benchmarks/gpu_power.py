@@ -121,7 +121,7 @@ def measure(name: str, b: int, t: int, h: int, d: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    lengths = (16384, 65536) if "--quick" in sys.argv else (2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 1048576)
+    lengths = (16384, 65536) if "--quick" in sys.argv else (4096, 8192, 16384, 32768, 65536, 131072, 262144, 1048576)
     rows = []
     for d in (64, 128):
         for t in lengths:

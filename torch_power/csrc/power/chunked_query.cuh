@@ -32,7 +32,7 @@ struct QueryTiles {
   static constexpr int SCORE_EXPONENT = score_exponent(PADDED_D);
   static constexpr int ROWS = 2 * ROW_TILES * TILE, ROW_HALVES = D_TILES > E_TILES ? D_TILES : E_TILES;
   static constexpr int STAGE_BYTES = (D_TILES + E_TILES) * TILE_BYTES + 1024; /* and TILE_FACTORS */
-  static constexpr int STAGES = STAGE_BYTES > 32768 ? 4 : 6;
+  static constexpr int STAGES = STAGE_BYTES > 32768 ? 4 : STAGE_BYTES > 17408 ? 6 : 8;
   static constexpr int ROWS_BYTES = ROWS * 128 * ROW_HALVES;
   static constexpr int SMEM_BYTES = 1024 + ROWS_BYTES + STAGES * STAGE_BYTES + Ring<STAGES>::BYTES + 2 * ROWS * 4;
 };
