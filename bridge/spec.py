@@ -421,11 +421,12 @@ class Choice:
         candidates = tuple(table) if asked is None else _checked_names(asked, tuple(table))
         reasons = {}
         for name in candidates:
-            reason = table[name].supports(call, device)
+            reason = table[name].supports(table[name].plan(call), device)
             if reason is None:
                 return name
             reasons[name] = reason
-        works = [name for name in table if name not in reasons and table[name].supports(call, device) is None]
+        others = [name for name in table if name not in reasons]
+        works = [name for name in others if table[name].supports(table[name].plan(call), device) is None]
         instead = f"; implementation={works[0]!r} would work" if works else ""
         told = "; ".join(f"implementation={name!r} cannot serve this call: {reason}" for name, reason in reasons.items())
         raise NotImplementedError(f"{operation}: {told}{instead}")
