@@ -1,4 +1,4 @@
-"""The attention form on Hopper: glue between the raw interface of an implementation and the kernels in `csrc/power/attention_*`."""
+"""The attention form on Hopper: glue between the raw interface and the kernels in `csrc/power/attention_*`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
             return f"head size {name}={size}: the kernels of the attention form take multiples of 8 up to 128"
     if call.has_state or call.return_state:
         return "initial_state, return_state: the attention form's kernels have no state; use form='chunked'"
-    return None
+    return library.missing()
 
 
 def forward(
-    call: spec.PowerCall, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, s0: None, z0: None
+    call: spec.PowerCall, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, s0: Tensor | None, z0: Tensor | None
 ) -> tuple[Tensor, Tensor, None, None]:
     """y `[b, t, h_q, e]` in the dtype of v, and norm `[b, t, h_q]` float32: the normaliser of the scaled row, for `backward`.
 
@@ -43,8 +43,8 @@ def forward(
 
 
 def backward(
-    call: spec.PowerCall, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, s0: None, z0: None,
-    y: Tensor, norm: Tensor, dy: Tensor, ds: None, dz: None,
+    call: spec.PowerCall, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, s0: Tensor | None,
+    z0: Tensor | None, y: Tensor, norm: Tensor, dy: Tensor, ds: Tensor | None, dz: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:  # fmt: skip
     """dq, dk, dv in the dtypes of q, k, v, and dlog_g in float32. Every sum has one order: two runs give equal bits."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bridge import spec
+from torch_power import _library
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
 _FORMS = {"attention": 0, "chunked": 1, "recurrent": 2}
@@ -53,15 +52,33 @@ def load() -> ctypes.CDLL:
     """The kernel library: the file that POWER_KERNELS names, or the one installed with the package.
 
     Raises:
-      ImportError: there is none.
+      ImportError: there is none, or it was built without the kernels for Hopper.
     """
-    path = os.environ.get("POWER_KERNELS") or str(pathlib.Path(__file__).parent.parent / "libpower_kernels.so")
+    path = _library.kernels_path()
     try:
-        library = ctypes.CDLL(path)
+        library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise ImportError(f"the compiled kernels cannot be loaded from {path}: {error}") from error
+        raise ImportError(f"the compiled kernels cannot be loaded from {path} ({error}); {_library.HOW_TO_BUILD}") from error
+    if not hasattr(library, "power_attention_quadratic_forward_sm90"):
+        raise ImportError(f"{path} was built without nvcc and has no kernels for Hopper; {_library.HOW_TO_BUILD}")
     library.power_last_error.restype = ctypes.c_char_p
     return library
+
+
+@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile cannot look at files
+def missing() -> str | None:
+    """None when the kernels can run here, else what is missing."""
+    if not torch.cuda.is_available():
+        return "no CUDA device: the kernels run on a Hopper GPU"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        return f"compute capability {major}.{minor}: the kernels run on a Hopper GPU (9.0)"
+    try:
+        load()
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 @functools.cache

@@ -5,7 +5,7 @@
  * with a_ij = alpha_i (and the p-th root of the gates), alpha and δ from the first kernel. Also Σ_{i>j} A_ij, for dlog_g.
  *
  * A persistent block of 128 keys of one key-value head, one warpgroup for every 64; tiles of 64 queries of all the query heads
- * that read it stream past: Sᵀ = K Qᵀ and dPᵀ = V dYᵀ from shared memory, wᵀ and dSᵀ in registers, dV += wᵀ dY and dK += dSᵀ Q
+ * that read it stream past: Sᵀ = K Qᵀ and dPᵀ = V dYᵀ, then wᵀ and dSᵀ in registers, dV += wᵀ dY and dK += dSᵀ Q
  * with dY and Q read down their columns. Nothing but q and dy crosses warpgroups, and heads are not repeated.
  *
  * Shared memory: k_smem and v_smem, two slots a warpgroup (dk and dv leave through them), q_smem, dy_smem and the queries'
@@ -17,9 +17,15 @@
 
 namespace power::attention {
 
-/* Stages of 64 queries: what fits beside the two slots. The products of d = 128 take twice as long, so 3 hide as much as 6. */
+/* d: stages  why
+ *  64: 6     K and V stay in registers as A operands (kFragments), which halves what S and dP read from shared memory; with both
+ *            operands there, that was the limit (57 % of the matrix units' time, and no better with 3 warpgroups)
+ * 128: 3     dK and dV are 128 registers, so K and V cannot; 3 stages beside the two slots are all of shared memory */
 template <int kD>
-constexpr int kQueryStages = kD == 64 ? 6 : 3;
+struct KvTiles {
+  static constexpr int kStages = kD == 64 ? 6 : 3;
+  static constexpr bool kFragments = kD == 64;
+};
 
 struct BackwardKvProblem : Problem {
   const void *records;  // QueryRecord or GatedQueryRecord [b, h_q, tiles of 64 rows]
@@ -29,14 +35,14 @@ struct BackwardKvProblem : Problem {
 template <typename T, int kD, bool kGates>
 struct BackwardKvSmem {
   using Record = std::conditional_t<kGates, GatedQueryRecord, QueryRecord>;
-  static constexpr int kStages = kQueryStages<kD>;
+  static constexpr int kStages = KvTiles<kD>::kStages;
   T k[2][kBackwardGroups][kRows * kD];
   T v[2][kBackwardGroups][kRows * kD];
   T q[kStages][kRows * kD];
   T dy[kStages][kRows * kD];
   Record records[kStages];
   Dealer dealer;
-  Barrier kv_full[2][kBackwardGroups], kv_empty[2][kBackwardGroups];
+  Barrier kv_full[2][kBackwardGroups], gradient_full[2][kBackwardGroups], kv_empty[2][kBackwardGroups];
   Barrier q_full[kStages], q_empty[kStages];
 };
 
@@ -44,13 +50,12 @@ template <typename T, int kD, bool kGates>
 __device__ __forceinline__ void backward_kv_produce(BackwardKvSmem<T, kD, kGates> &smem, const CUtensorMap *q_map, const CUtensorMap *k_map,
                                                     const CUtensorMap *v_map, const CUtensorMap *dy_map, const BackwardKvProblem &p) {
   using Record = typename BackwardKvSmem<T, kD, kGates>::Record;
-  constexpr int kStages = kQueryStages<kD>, kBlockRows = kBackwardGroups * kRows;
+  constexpr int kStages = KvTiles<kD>::kStages, kBlockRows = kBackwardGroups * kRows;
   const int row_tiles = (p.t_q + kRows - 1) / kRows;
   const int heads = p.h_q / p.h_kv;
   RingPosition<2> seat;
   RingPosition<kStages> ring;
-  int index = blockIdx.x;
-  for (Item item; (item = smem.dealer.deal(seat, smem.kv_empty, p.deck, index)).tile >= 0; seat.advance()) {
+  for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance()) {
     const int first = item.tile * kBlockRows;
 #pragma unroll 1
     for (int g = 0; g < kBackwardGroups; ++g) {
@@ -77,6 +82,27 @@ __device__ __forceinline__ void backward_kv_produce(BackwardKvSmem<T, kD, kGates
       }
     }
   }
+}
+
+/* The storing thread: results leave through the slots of the tiles they replace, which are free again once they have been read. */
+template <typename T, int kD, bool kGates>
+__device__ __forceinline__ void backward_kv_store(BackwardKvSmem<T, kD, kGates> &smem, const CUtensorMap *dk_map,
+                                                  const CUtensorMap *dv_map, const Problem &p) {
+  RingPosition<2> seat;
+  for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance())
+#pragma unroll 1
+    for (int g = 0; g < kBackwardGroups; ++g) {
+      const int first = (item.tile * kBackwardGroups + g) * kRows;
+      smem.gradient_full[seat.slot][g].wait(seat.parity);
+      if (first < p.t_kv) {
+        store_tile_to_global<kD>(dk_map, smem.k[seat.slot][g], first, item.head, item.batch);
+        store_tile_to_global<kD>(dv_map, smem.v[seat.slot][g], first, item.head, item.batch);
+        bulk_commit();
+        bulk_wait_read<0>();
+      }
+      smem.kv_empty[seat.slot][g].arrive();
+    }
+  bulk_wait<0>();
 }
 
 /* The gates of this thread's two keys: g_j, exp(rest_j)^(1/p), and H at the end of their block. Loaded anew for every tile (from the
@@ -155,11 +181,11 @@ __device__ __forceinline__ void differentiate_columns(const float (&score)[kRows
         const int column = 8 * n + 2 * at.quad + c;
         float a = alpha[c];
         if constexpr (kGates) a *= kEdge ? exp2_fast(sum[c] - key_sum[r]) : decay[r];
-        const float u = a * score[4 * n + 2 * r + c], lower = lower_power_of<kDeg>(u), dw = dweight[4 * n + 2 * r + c] - delta[c];
+        const float u = a * score[4 * n + 2 * r + c], lower = lower_power_of<kDeg>(u), dw = dweight[4 * n + 2 * r + c];
         w[c] = lower * u;
-        ds[c] = dw * a * lower;
+        ds[c] = lower * (kGates ? a * (dw - delta[c]) : a * dw - delta[c]);
         if (kEdge && column < first_key + 8 * r) w[c] = 0.f, ds[c] = 0.f;
-        if (kGates && !(kEdge && column <= first_key + 8 * r)) column_sum[r] += w[c] * dw;
+        if (kGates && !(kEdge && column <= first_key + 8 * r)) column_sum[r] += w[c] * (dw - delta[c]);
         if constexpr (is_half<T>) w[c] *= packing.weight, ds[c] *= packing.dscore;
       }
       weight[n >> 1][2 * (n & 1) + r] = pack<T>(w[0], w[1]);
@@ -169,9 +195,8 @@ __device__ __forceinline__ void differentiate_columns(const float (&score)[kRows
 }
 
 template <typename T, int kD, int kDeg, bool kGates>
-__device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGates> &smem, const CUtensorMap *dk_map, const CUtensorMap *dv_map,
-                                                    const BackwardKvProblem &p, int group) {
-  constexpr int kStages = kQueryStages<kD>, kBlockRows = kBackwardGroups * kRows;
+__device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGates> &smem, const BackwardKvProblem &p, int group) {
+  constexpr int kStages = KvTiles<kD>::kStages, kBlockRows = kBackwardGroups * kRows;
   const Fragment at(threadIdx.x % kWarpgroup);
   const int row_tiles = (p.t_q + kRows - 1) / kRows;
   const int heads = p.h_q / p.h_kv;
@@ -183,9 +208,12 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGates
     const int from = p.causal ? item.tile * kBlockRows / kRows : 0;
     const uint32_t k_smem = smem_address(smem.k[seat.slot][group]), v_smem = smem_address(smem.v[seat.slot][group]);
     const GateRecord *records = p.gates + int64_t(item.batch * p.h_kv + item.head) * (((p.t_kv + kGateBlock - 1) / kGateBlock) * 2);
+    const GateRecord *key_record = records + first / kRows;
     const Packing packing = choose_packing<T, kD, kDeg>(p, item.batch, item.head);
     if (real) smem.kv_full[seat.slot][group].wait(seat.parity);
 
+    uint32_t k_fragments[kD / 16][4], v_fragments[kD / 16][4];
+    if constexpr (KvTiles<kD>::kFragments) load_fragments<kD>(k_fragments, k_smem, at), load_fragments<kD>(v_fragments, v_smem, at);
     float dk[kD / 2], dv[kD / 2], column_sum[2] = {0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) dk[i] = dv[i] = 0.f;
@@ -204,7 +232,8 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGates
         const uint32_t q_smem = smem_address(smem.q[ring.slot]), dy_smem = smem_address(smem.dy[ring.slot]);
         pin(score);
         wgmma_fence();
-        multiply_rows<T, kD, kRows>(score, k_smem, q_smem);
+        if constexpr (KvTiles<kD>::kFragments) multiply_fragments<T, kD, kRows>(score, k_fragments, q_smem);
+        else multiply_rows<T, kD, kRows>(score, k_smem, q_smem);
         wgmma_commit();
         wgmma_wait<1>();  // ends the sums of the tile before, whose operands' registers dPᵀ needs
         pin(dk);
@@ -212,16 +241,19 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGates
         if (previous >= 0) smem.q_empty[previous].release();
         pin(dweight);
         wgmma_fence();
-        multiply_rows<T, kD, kRows>(dweight, v_smem, dy_smem);
+        if constexpr (KvTiles<kD>::kFragments) multiply_fragments<T, kD, kRows>(dweight, v_fragments, dy_smem);
+        else multiply_rows<T, kD, kRows>(dweight, v_smem, dy_smem);
         wgmma_commit();
         wgmma_wait<0>();
         pin(score);
         pin(dweight);
         const auto &record = smem.records[ring.slot];
         if (p.causal && (kGates ? m * kRows < first / kGateBlock * kGateBlock + kGateBlock : m * kRows < first + kRows))
-          differentiate_columns<T, kDeg, kGates, true>(score, dweight, weight, dscore, column_sum, record, records + first / kRows, at, first - m * kRows + at.row, packing);
+          differentiate_columns<T, kDeg, kGates, true>(score, dweight, weight, dscore, column_sum, record, key_record, at,
+                                                       first - m * kRows + at.row, packing);
         else
-          differentiate_columns<T, kDeg, kGates, false>(score, dweight, weight, dscore, column_sum, record, records + first / kRows, at, 0, packing);
+          differentiate_columns<T, kDeg, kGates, false>(score, dweight, weight, dscore, column_sum, record, key_record, at, 0,
+                                                        packing);
         pin(weight);
         pin(dscore);
         pin(dk);
@@ -238,11 +270,7 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGates
     pin(dv);
     if (previous >= 0) smem.q_empty[previous].release();
     if (!real) {
-      warpgroup_sync(group);  // all have read the item
-      if (at.thread == 0) {
-        smem.kv_full[seat.slot][group].wait(seat.parity);
-        smem.kv_empty[seat.slot][group].arrive();
-      }
+      smem.gradient_full[seat.slot][group].release();
       continue;
     }
 
@@ -259,16 +287,8 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGates
     store_tile<T, kD>(k_smem, dk, at, {dk_factor, dk_factor});
     store_tile<T, kD>(v_smem, dv, at, {dv_factor, dv_factor});
     fence_proxy_async();
-    warpgroup_sync(group);
-    if (at.thread == 0) {
-      store_tile_to_global<kD>(dk_map, smem.k[seat.slot][group], first, item.head, item.batch);
-      store_tile_to_global<kD>(dv_map, smem.v[seat.slot][group], first, item.head, item.batch);
-      bulk_commit();
-      bulk_wait_read<0>();
-      smem.kv_empty[seat.slot][group].arrive();
-    }
+    smem.gradient_full[seat.slot][group].release();
   }
-  if (at.thread == 0) bulk_wait<0>();
 }
 
 template <typename T, int kD, int kDeg, bool kGates>
@@ -277,11 +297,15 @@ __global__ void __launch_bounds__((kBackwardGroups + 1) * kWarpgroup, 1)
                        const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap dy_map,
                        const __grid_constant__ CUtensorMap dk_map, const __grid_constant__ CUtensorMap dv_map,
                        const __grid_constant__ BackwardKvProblem p) {
+  using Tiles = KvTiles<kD>;
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto &smem = *reinterpret_cast<BackwardKvSmem<T, kD, kGates> *>(smem_bytes);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < 2 * kBackwardGroups; ++s) (&smem.kv_full[0][0])[s].init(1), (&smem.kv_empty[0][0])[s].init(1);
-    for (int s = 0; s < kQueryStages<kD>; ++s)
+    for (int s = 0; s < 2 * kBackwardGroups; ++s) {
+      (&smem.kv_full[0][0])[s].init(1), (&smem.kv_empty[0][0])[s].init(1);
+      (&smem.gradient_full[0][0])[s].init(4);
+    }
+    for (int s = 0; s < Tiles::kStages; ++s)
       smem.q_full[s].init(1), smem.q_empty[s].init(4 * kBackwardGroups);
     smem.dealer.init();
     mbarrier_init_fence();
@@ -291,9 +315,11 @@ __global__ void __launch_bounds__((kBackwardGroups + 1) * kWarpgroup, 1)
   if (group == kBackwardGroups) {
     registers_lower<kBackwardProducerRegisters>();
     if (threadIdx.x % kWarpgroup == 0) backward_kv_produce<T, kD, kGates>(smem, &q_map, &k_map, &v_map, &dy_map, p);
+    else if (threadIdx.x % kWarpgroup == 32) backward_kv_store<T, kD, kGates>(smem, &dk_map, &dv_map, p);
+    else if (threadIdx.x % kWarpgroup == 64) smem.dealer.deal(smem.kv_empty, p.deck);
   } else {
     registers_raise<kBackwardConsumerRegisters>();
-    backward_kv_consume<T, kD, kDeg, kGates>(smem, &dk_map, &dv_map, p, group);
+    backward_kv_consume<T, kD, kDeg, kGates>(smem, p, group);
   }
 }
 

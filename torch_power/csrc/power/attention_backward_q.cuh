@@ -5,7 +5,8 @@
  *
  * A persistent block of 64·kGroups query rows of one head, one warpgroup for every 64; tiles of keys and values stream past:
  * S = Q Kᵀ and dP = dY Vᵀ from shared memory, dS in registers, dQ += dS K with K read down its columns. No sum leaves its
- * warpgroup, so the result has one order of additions. One thread of the last warpgroup issues the copies.
+ * warpgroup, so the result has one order of additions. Of the last warpgroup one thread loads, one
+ * stores and one deals out the items.
  *
  * Shared memory: q_smem and dy_smem, two slots a warpgroup (dq leaves through q's), k_smem and v_smem in a ring of stages.
  */
@@ -18,10 +19,12 @@ namespace power::attention {
 /* d: keys  stages  why
  *  64: 128   4       S, dP, dQ, dS are 64 + 64 + 32 + 32 registers: fits 240; wider products load less from shared memory
  *  64: 64    8       with gates, whose factors need the registers
- * 128: 64    3       dQ is 64 registers already; 3 stages beside the two slots are all of shared memory */
+ * 128: 64    3       dQ is 64 registers already; 3 stages beside the two slots are all of shared memory. Q and dY stay in registers
+ *                    as A operands (kFragments): products of 64 columns with both operands in shared memory are bound by it */
 template <int kD, bool kGates>
 struct BackwardQTiles {
   static constexpr int kKeys = kD == 64 && !kGates ? 128 : 64, kStages = kD == 64 ? (kGates ? 8 : 4) : 3;
+  static constexpr bool kFragments = kD == 128 && !kGates;
 };
 constexpr int kBackwardGroups = 2;
 constexpr int kBackwardProducerRegisters = 24, kBackwardConsumerRegisters = 240;
@@ -43,19 +46,19 @@ struct BackwardQSmem {
   T v[kStages][kKeys * kD];
   GateRecord gates[kGates ? kStages : 1][kKeys / kRows];
   Dealer dealer;
-  Barrier q_full[2][kBackwardGroups], q_empty[2][kBackwardGroups];
+  Barrier q_full[2][kBackwardGroups], dq_full[2][kBackwardGroups], q_empty[2][kBackwardGroups];
   Barrier kv_full[kStages], kv_empty[kStages];
 };
 
 template <typename T, int kD, bool kGates>
 __device__ __forceinline__ void backward_q_produce(BackwardQSmem<T, kD, kGates> &smem, const CUtensorMap *q_map, const CUtensorMap *k_map,
                                                    const CUtensorMap *v_map, const CUtensorMap *dy_map, const Problem &p) {
-  constexpr int kKeys = BackwardQTiles<kD, kGates>::kKeys, kStages = BackwardQTiles<kD, kGates>::kStages, kBlockRows = kBackwardGroups * kRows;
+  constexpr int kKeys = BackwardQTiles<kD, kGates>::kKeys, kStages = BackwardQTiles<kD, kGates>::kStages;
+  constexpr int kBlockRows = kBackwardGroups * kRows;
   constexpr uint32_t kTileBytes = 2 * kKeys * kD * sizeof(T), kGateBytes = sizeof(smem.gates[0]);
   RingPosition<2> seat;
   RingPosition<kStages> ring;
-  int index = blockIdx.x;
-  for (Item item; (item = smem.dealer.deal(seat, smem.q_empty, p.deck, index)).tile >= 0; seat.advance()) {
+  for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance()) {
     const int head_kv = item.head / (p.h_q / p.h_kv), first = item.tile * kBlockRows;
 #pragma unroll 1
     for (int g = 0; g < kBackwardGroups; ++g) {
@@ -82,7 +85,26 @@ __device__ __forceinline__ void backward_q_produce(BackwardQSmem<T, kD, kGates> 
   }
 }
 
-/* This thread's half of one row of y (two threads share a row, as in `normalize_row`), zeros past the end. */
+/* The storing thread: results leave through the slots of the tiles they replace, which are free again once they have been read. */
+template <typename T, int kD, bool kGates>
+__device__ __forceinline__ void backward_q_store(BackwardQSmem<T, kD, kGates> &smem, const CUtensorMap *dq_map, const Problem &p) {
+  RingPosition<2> seat;
+  for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance())
+#pragma unroll 1
+    for (int g = 0; g < kBackwardGroups; ++g) {
+      const int first = (item.tile * kBackwardGroups + g) * kRows;
+      smem.dq_full[seat.slot][g].wait(seat.parity);
+      if (first < p.t_q) {
+        store_tile_to_global<kD>(dq_map, smem.q[seat.slot][g], first, item.head, item.batch);
+        bulk_commit();
+        bulk_wait_read<0>();
+      }
+      smem.q_empty[seat.slot][g].arrive();
+    }
+  bulk_wait<0>();
+}
+
+/* This thread's half of one row of y (two threads share a row, as in `normalize_rows`), zeros past the end. */
 template <typename T, int kD>
 struct HalfRow {
   uint4 chunk[kD / 16];
@@ -171,9 +193,9 @@ __device__ __forceinline__ void differentiate_rows(const float (&score)[kKeys / 
 }
 
 template <typename T, int kD, int kDeg, bool kGates>
-__device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGates> &smem, const CUtensorMap *dq_map,
-                                                   const BackwardQProblem &p, int group) {
-  constexpr int kKeys = BackwardQTiles<kD, kGates>::kKeys, kStages = BackwardQTiles<kD, kGates>::kStages, kBlockRows = kBackwardGroups * kRows;
+__device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGates> &smem, const BackwardQProblem &p, int group) {
+  constexpr int kKeys = BackwardQTiles<kD, kGates>::kKeys, kStages = BackwardQTiles<kD, kGates>::kStages;
+  constexpr int kBlockRows = kBackwardGroups * kRows;
   using Record = std::conditional_t<kGates, GatedQueryRecord, QueryRecord>;
   const Fragment at(threadIdx.x % kWarpgroup);
   const int row_tiles = (p.t_q + kRows - 1) / kRows;
@@ -194,31 +216,38 @@ __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGates> 
 
       const uint32_t q_smem = smem_address(smem.q[seat.slot][group]), dy_smem = smem_address(smem.dy[seat.slot][group]);
       smem.q_full[seat.slot][group].wait(seat.parity);
-      const float row_scale = normalize_row<T, kD>(q_smem, at.thread) * head_factor;
       const float2 dots = y.dot(dy_smem, at.thread);
-      fence_proxy_async();  // the products read through the copy engine's path what these threads just wrote
-      warpgroup_sync(group);
+      const float row_scale = normalize_rows<T, kD>(q_smem, at.thread, group) * head_factor;
+
+      constexpr bool kFragments = BackwardQTiles<kD, kGates>::kFragments;
+      uint32_t q_fragments[kD / 16][4], dy_fragments[kD / 16][4];
+      if constexpr (kFragments) load_fragments<kD>(q_fragments, q_smem, at), load_fragments<kD>(dy_fragments, dy_smem, at);
 
       // What the second kernel needs: w / n = (alpha s)^p in terms of the unscaled s.
       const bool real = row < p.t_q && !p.zero;
       Record &record = static_cast<Record *>(p.records)[int64_t(item.batch * p.h_q + item.head) * row_tiles + first / kRows];
       float *pair = &record.alpha_delta[at.thread >> 2].x + ((at.thread >> 1) & 1);
-      if (!(at.thread & 1)) pair[0] = !real ? 0.f : p.normalize ? row_scale * inverse_root<kDeg>(norm) : 1.f;
+      const float alpha = !real ? 0.f : p.normalize ? row_scale * inverse_root<kDeg>(norm) : 1.f;
+      if (!(at.thread & 1)) pair[0] = alpha;
       if constexpr (kGates) {
         if (at.thread < kRows / 2) record.sum[at.thread] = *reinterpret_cast<const float2 *>(&records[first / kRows].sum[2 * at.thread]);
         if (at.thread < 2) record.start[at.thread] = records[first / kRows].start[at.thread];
       }
       const float weight_factor = !real ? 0.f : p.normalize ? (norm == 0.f ? 0.f : 1.f / norm) : p.scale_p / power_of<kDeg>(row_scale);
-      float half_packing = 1.f;  // float16: bounds |dp − δ| s^(p−1) by 2^15, row by row
-      if constexpr (is_half<T>) {
+      float delta[2], packing[2] = {1.f, 1.f}, inverse_norm[2], factor[2], delta_factor[2], dq[kD / 2];
+      if constexpr (is_half<T>) {  // bounds |dp − δ| s^(p−1) by 2^15, row by row
         const float largest = 2.f * sqrtf(dots.y) * p.v_max[item.batch * p.h_kv + head_kv];
-        if (largest > 0.f) half_packing = power_of_two(15 - score_bits<kDeg> * (kDeg - 1) - exponent_above(largest));
+        const int exponent = largest > 0.f ? 15 - score_bits<kDeg> * (kDeg - 1) - exponent_above(largest) : 0;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) packing[r] = at.of_row(power_of_two(exponent), r);
       }
-      float delta[2], packing[2], inverse_norm[2], dq[kD / 2];
       RowSum sum;
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
-        delta[r] = at.of_row(dots.x, r), packing[r] = at.of_row(half_packing, r), inverse_norm[r] = at.of_row(weight_factor, r);
+      for (int r = 0; r < 2; ++r) {
+        delta[r] = at.of_row(dots.x, r), inverse_norm[r] = at.of_row(weight_factor, r);
+        factor[r] = kDeg * at.of_row(row_scale, r) * inverse_norm[r] / packing[r];
+        delta_factor[r] = kGates ? 1.f : at.of_row(alpha, r);
+      }
 #pragma unroll
       for (int i = 0; i < kD / 2; ++i) dq[i] = 0.f;
       int previous = 0;
@@ -228,11 +257,22 @@ __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGates> 
         uint32_t dscore[kKeys / 16][4];
         const uint32_t k_smem = smem_address(smem.k[ring.slot]);
         smem.kv_full[ring.slot].wait(ring.parity);
+        const uint32_t v_smem = smem_address(smem.v[ring.slot]);
         pin(score);
-        pin(dweight);
-        wgmma_fence();
-        multiply_rows<T, kD, kKeys>(score, q_smem, k_smem);
-        multiply_rows<T, kD, kKeys>(dweight, dy_smem, smem_address(smem.v[ring.slot]));
+        if constexpr (kFragments) {
+          wgmma_fence();
+          multiply_fragments<T, kD, kKeys>(score, q_fragments, k_smem);
+          wgmma_commit();
+          wgmma_wait<1>();  // ends dQ += dS K of the tile before, whose operand's registers dP needs
+          pin(dweight);
+          wgmma_fence();
+          multiply_fragments<T, kD, kKeys>(dweight, dy_fragments, v_smem);
+        } else {
+          pin(dweight);
+          wgmma_fence();
+          multiply_rows<T, kD, kKeys>(score, q_smem, k_smem);
+          multiply_rows<T, kD, kKeys>(dweight, dy_smem, v_smem);
+        }
         wgmma_commit();
         wgmma_wait<0>();  // also ends dQ += dS K of the tile before
         pin(score);
@@ -243,8 +283,10 @@ __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGates> 
         const int last_column = p.causal ? first - n * kKeys + at.row : p.t_kv;
         const bool edge = p.causal && (n + 1) * kKeys > (kGates ? first / kGateBlock * kGateBlock : first);
         if (kGates || (mine == 1 && p.normalize)) {
-          if (edge) sum_rows<T, kDeg, kGates, true, kKeys>(score, dweight, sum, delta, at, last_column, key_gates, &gates, head_factor);
-          else sum_rows<T, kDeg, kGates, false, kKeys>(score, dweight, sum, delta, at, 0, key_gates, &gates, head_factor);
+          if (edge)
+            sum_rows<T, kDeg, kGates, true, kKeys>(score, dweight, sum, delta, at, last_column, key_gates, &gates, head_factor);
+          else
+            sum_rows<T, kDeg, kGates, false, kKeys>(score, dweight, sum, delta, at, 0, key_gates, &gates, head_factor);
           // Σ_j w_ij (dp_ij − δ_i) should be 0, and is the error that δ has from the rounding of y. Rows that see few keys feel
           // it: without gates those of the first tile; with gates any, but then what they see is mostly in their last tile.
           if (n == mine - 1 && p.normalize) {
@@ -253,7 +295,8 @@ __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGates> 
           }
         }
         if (edge)
-          differentiate_rows<T, kDeg, kGates, true, kKeys>(score, dweight, dscore, delta, packing, at, last_column, key_gates, &gates, head_factor);
+          differentiate_rows<T, kDeg, kGates, true, kKeys>(score, dweight, dscore, delta, packing, at, last_column, key_gates, &gates,
+                                                           head_factor);
         else
           differentiate_rows<T, kDeg, kGates, false, kKeys>(score, dweight, dscore, delta, packing, at, 0, key_gates, &gates, head_factor);
         pin(dscore);
@@ -267,12 +310,10 @@ __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGates> 
       pin(dq);
       if (mine) smem.kv_empty[previous].release();
 
-      float factor[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int row_in_tile = at.row + 8 * r;
-        factor[r] = kDeg * at.of_row(row_scale, r) * inverse_norm[r] / packing[r];
-        if (at.quad == 0) (&record.alpha_delta[row_in_tile >> 1].z)[row_in_tile & 1] = delta[r];
+        if (at.quad == 0) (&record.alpha_delta[row_in_tile >> 1].z)[row_in_tile & 1] = delta[r] * delta_factor[r];
         if constexpr (kGates) {
           // Normalised, the sum over all j is 0, so that over j < i is what the token itself contributes, negated.
           const float before = sum_of_quad(sum.before[r]), itself = sum_of_quad(sum.itself[r]), own = sum_of_quad(sum.own_weight[r]);
@@ -285,26 +326,15 @@ __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGates> 
       warpgroup_sync(group);  // no warp still multiplies with the q that dq replaces
       store_tile<T, kD>(q_smem, dq, at, factor);
       fence_proxy_async();
-      warpgroup_sync(group);
-      if (at.thread == 0) {
-        store_tile_to_global<kD>(dq_map, smem.q[seat.slot][group], first, item.head, item.batch);
-        bulk_commit();
-        bulk_wait_read<0>();
-        smem.q_empty[seat.slot][group].arrive();
-      }
+      smem.dq_full[seat.slot][group].release();
     } else {
-      warpgroup_sync(group);  // all have read the item
-      if (at.thread == 0) {
-        smem.q_full[seat.slot][group].wait(seat.parity);
-        smem.q_empty[seat.slot][group].arrive();
-      }
+      smem.dq_full[seat.slot][group].release();
     }
     for (int n = mine; n < seen; ++n, ring.advance()) {  // tiles that only later rows of the block see
       smem.kv_full[ring.slot].wait(ring.parity);
       smem.kv_empty[ring.slot].release();
     }
   }
-  if (at.thread == 0) bulk_wait<0>();
 }
 
 template <typename T, int kD, int kDeg, bool kGates>
@@ -315,7 +345,10 @@ __global__ void __launch_bounds__((kBackwardGroups + 1) * kWarpgroup, 1)
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto &smem = *reinterpret_cast<BackwardQSmem<T, kD, kGates> *>(smem_bytes);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < 2 * kBackwardGroups; ++s) (&smem.q_full[0][0])[s].init(1), (&smem.q_empty[0][0])[s].init(1);
+    for (int s = 0; s < 2 * kBackwardGroups; ++s) {
+      (&smem.q_full[0][0])[s].init(1), (&smem.q_empty[0][0])[s].init(1);
+      (&smem.dq_full[0][0])[s].init(4);
+    }
     for (int s = 0; s < BackwardQTiles<kD, kGates>::kStages; ++s)
       smem.kv_full[s].init(1), smem.kv_empty[s].init(4 * kBackwardGroups);
     smem.dealer.init();
@@ -326,9 +359,11 @@ __global__ void __launch_bounds__((kBackwardGroups + 1) * kWarpgroup, 1)
   if (group == kBackwardGroups) {
     registers_lower<kBackwardProducerRegisters>();
     if (threadIdx.x % kWarpgroup == 0) backward_q_produce<T, kD, kGates>(smem, &q_map, &k_map, &v_map, &dy_map, p);
+    else if (threadIdx.x % kWarpgroup == 32) backward_q_store<T, kD, kGates>(smem, &dq_map, p);
+    else if (threadIdx.x % kWarpgroup == 64) smem.dealer.deal(smem.q_empty, p.deck);
   } else {
     registers_raise<kBackwardConsumerRegisters>();
-    backward_q_consume<T, kD, kDeg, kGates>(smem, &dq_map, p, group);
+    backward_q_consume<T, kD, kDeg, kGates>(smem, p, group);
   }
 }
 

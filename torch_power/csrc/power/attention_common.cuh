@@ -50,9 +50,9 @@ static_assert(sizeof(GateRecord) % 16 == 0, "bulk copies move multiples of 16 by
 
 /* What the second backward kernel needs of 64 queries, written by the first: w_ij / n_i = (alpha_i s_ij)^p. */
 struct QueryRecord {
-  float4 alpha_delta[kRows / 2];  // alpha_i, alpha_{i+1}, delta_i, delta_{i+1}, for even i
+  float4 alpha_delta[kRows / 2];  // alpha_i, alpha_{i+1}, alpha_i delta_i, alpha_{i+1} delta_{i+1}, for even i
 };
-struct GatedQueryRecord : QueryRecord {
+struct GatedQueryRecord : QueryRecord {  // with delta itself in alpha_delta, as alpha changes from key to key
   float2 sum[kRows / 2];  // g_i as in GateRecord
   float start[4];         // H at the start of the block of 128, high and low part; two unused
 };
@@ -116,7 +116,8 @@ struct Barrier {
   }
 };
 
-/* How the copying thread deals items to the consumers, up to two ahead: an entry for each slot of resident tiles.
+/* How one thread deals items to the loading and storing threads and the consumers, up to two ahead: an entry for each slot of resident
+ * tiles.
  * An item goes to whichever block is free. (Dealing a fixed list round by round left blocks idle: groups and rounds do not divide
  * each other.) Which block computes a tile changes nothing in the result. */
 struct Dealer {
@@ -128,21 +129,22 @@ struct Dealer {
     const volatile Item &x = item[seat.slot];
     return {x.head, x.batch, x.tile};
   }
-  /* The copying thread: draws the next item, waits until all consumer warpgroups have `left` its slot, and announces it. `index`
-   * is blockIdx.x at first, then what the last call left there. */
+  /* The dealing thread: draws items and announces each once all consumer warpgroups have `left` its slot, until there are none. */
   template <int kGroups>
-  __device__ Item deal(const RingPosition<2> &seat, Barrier (&left)[2][kGroups], const Deck &deck, int &index) {
-    const int group = deck.by_group.divide(index), rest = index - group * int(deck.by_group.divisor);
-    const Divisor &by_size = group == deck.last_group ? deck.by_rest : deck.by_together;
-    const int row = by_size.divide(rest), flat = group * deck.together + rest - row * int(by_size.divisor);
-    const int batch = deck.by_heads.divide(flat), tile = deck.longest_last ? deck.tiles - 1 - row : row;
-    const Item next = {flat - batch * int(deck.by_heads.divisor), batch, index >= deck.items ? -1 : tile};
-    index = gridDim.x + atomicAdd(deck.dealt, 1);  // long before it is needed
+  __device__ void deal(Barrier (&left)[2][kGroups], const Deck &deck) {
+    RingPosition<2> seat;
+    for (int index = blockIdx.x, next;; index = next, seat.advance()) {
+      next = gridDim.x + atomicAdd(deck.dealt, 1);  // long before it is needed
+      const int group = deck.by_group.divide(index), rest = index - group * int(deck.by_group.divisor);
+      const Divisor &by_size = group == deck.last_group ? deck.by_rest : deck.by_together;
+      const int row = by_size.divide(rest), flat = group * deck.together + rest - row * int(by_size.divisor);
+      const int batch = deck.by_heads.divide(flat), tile = deck.longest_last ? deck.tiles - 1 - row : row;
 #pragma unroll 1
-    for (int g = 0; g < kGroups; ++g) left[seat.slot][g].wait(seat.parity ^ 1);
-    item[seat.slot] = next;
-    dealt[seat.slot].arrive();
-    return next;
+      for (int g = 0; g < kGroups; ++g) left[seat.slot][g].wait(seat.parity ^ 1);
+      item[seat.slot] = {flat - batch * int(deck.by_heads.divisor), batch, index >= deck.items ? -1 : tile};
+      dealt[seat.slot].arrive();
+      if (index >= deck.items) return;
+    }
   }
 };
 
@@ -210,17 +212,30 @@ __device__ __forceinline__ uint32_t chunk_address(uint32_t tile, int rows, int r
   return tile + (chunk >> 3) * rows * 128 + row * 128 + (((chunk & 7) ^ (row & 7)) << 4);
 }
 
-/* Multiplies every row of a warpgroup's tile by a power of two (see "Scale" above). Two threads share a row, rows 16w … 16w+15
- * are warp w's; returns the factor of this thread's row (1 for a row of zeros). The caller fences and synchronises. */
+__device__ __forceinline__ void warpgroup_sync(int warpgroup) { named_barrier_sync(CONSUMER + warpgroup, kWarpgroup); }
+
+/* Synchronises a warpgroup; whether `x` holds for any of its threads. */
+__device__ __forceinline__ bool warpgroup_any(int warpgroup, bool x) {
+  uint32_t any;
+  asm volatile(
+      "{\n.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\nbarrier.cta.red.or.pred.aligned q, %2, %3, p;\nselp.u32 %0, 1, 0, q;\n}"
+      : "=r"(any)
+      : "r"(uint32_t(x)), "r"(CONSUMER + warpgroup), "n"(kWarpgroup)
+      : "memory");
+  return any;
+}
+
+/* Multiplies every row of a warpgroup's tile by a power of two (see "Scale" above), for the products that follow. Two threads share
+ * a row, rows 16w … 16w+15 are warp w's; returns the factor of this thread's row (1 for a row of zeros). With bfloat16, a tile whose
+ * rows all have their largest entry in [2^-6, 2^6) stays as it is: s^p keeps a margin of 2^±24 at most, and nothing is rewritten. */
 template <typename T, int kD>
-__device__ __forceinline__ float normalize_row(uint32_t tile, int thread) {
+__device__ __forceinline__ float normalize_rows(uint32_t tile, int thread, int warpgroup) {
   const int row = thread >> 1, first = (thread & 1) * (kD / 16);
-  uint4 x[kD / 16];
   float size = 0.f;
 #pragma unroll
   for (int i = 0; i < kD / 16; ++i) {
-    x[i] = load_shared_128(chunk_address(tile, kRows, row, first + i));
-    const uint32_t word[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+    const uint4 x = load_shared_128(chunk_address(tile, kRows, row, first + i));
+    const uint32_t word[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float2 f = Pair<T>::unpack(word[j]);
@@ -230,19 +245,22 @@ __device__ __forceinline__ float normalize_row(uint32_t tile, int thread) {
   }
   const float other = __shfl_xor_sync(~0u, size, 1);
   size = is_half<T> ? sqrtf(size + other) : fmaxf(size, other);
-  if (!(size > 0.f)) return 1.f;
+  const bool zero = !(size > 0.f);
+  if constexpr (!is_half<T>)
+    if (!warpgroup_any(warpgroup, !zero && !(size >= 0x1p-6f && size < 0x1p6f))) return 1.f;
   // The factor is a normal number of T, so the product is exact but for entries that become subnormal beside the largest.
-  const int exponent = is_half<T> ? min(max(-ilogbf(size), -14), 15) : min(max(-ilogbf(size), -126), 126);
-  const float factor = power_of_two(exponent);
+  const int least = is_half<T> ? -14 : -126, most = is_half<T> ? 15 : 126;
+  const float factor = zero ? 1.f : power_of_two(min(max(-ilogbf(size), least), most));
   const uint32_t pair = pack<T>(factor, factor);
 #pragma unroll
   for (int i = 0; i < kD / 16; ++i) {
-    uint32_t word[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      word[j] = Pair<T>::multiply(word[j], pair);
-    store_shared_128(chunk_address(tile, kRows, row, first + i), make_uint4(word[0], word[1], word[2], word[3]));
+    const uint32_t address = chunk_address(tile, kRows, row, first + i);
+    const uint4 x = load_shared_128(address);
+    store_shared_128(address, make_uint4(Pair<T>::multiply(x.x, pair), Pair<T>::multiply(x.y, pair), Pair<T>::multiply(x.z, pair),
+                                         Pair<T>::multiply(x.w, pair)));
   }
+  fence_proxy_async();  // the products read through the copy engine's path what these threads just wrote
+  warpgroup_sync(warpgroup);
   return factor;
 }
 
@@ -253,26 +271,50 @@ struct Fragment {
       : thread(thread_in_warpgroup),
         row((thread_in_warpgroup >> 5) * 16 + ((thread_in_warpgroup & 31) >> 2)),
         quad(thread_in_warpgroup & 3) {}
-  /* The value that `normalize_row` and its kin computed for row `row` + 8·r. */
+  /* The value that `normalize_rows` and its kin computed for row `row` + 8·r. */
   __device__ float of_row(float value, int r) const { return __shfl_sync(~0u, value, 2 * ((row & 15) + 8 * r)); }
 };
 
-/* a[64, kD] · b[kN, kD]ᵀ, both operands with their rows in shared memory; starts a new accumulator. */
-template <typename T, int kD, int kN>
+/* A descriptor moved on by `bytes`. Only its low word changes, which saves half of the moves to uniform registers. */
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes) {
+  return (descriptor & 0xFFFFFFFF00000000) | uint32_t(uint32_t(descriptor) + uint32_t(descriptor_offset(bytes)));
+}
+
+/* a[64, kD] · b[kN, kD]ᵀ, both operands with their rows in shared memory, b's in slabs of kSlab rows; starts a new accumulator. */
+template <typename T, int kD, int kN, int kSlab = kN>
 __device__ __forceinline__ void multiply_rows(float (&out)[kN / 2], uint32_t a, uint32_t b) {
+  const uint64_t a_tile = matrix_descriptor(a), b_tile = matrix_descriptor(b);
 #pragma unroll
   for (int k = 0; k < kD / 16; ++k) {
     const uint32_t column = (k & 3) * 32, slab = k >> 2;
-    Wgmma<kN, T>::template ss<K_MAJOR, K_MAJOR>(out, matrix_descriptor(a + slab * kRows * 128 + column),
-                                                matrix_descriptor(b + slab * kN * 128 + column), k != 0);
+    Wgmma<kN, T>::template ss<K_MAJOR, K_MAJOR>(out, advance(a_tile, slab * kRows * 128 + column),
+                                                advance(b_tile, slab * kSlab * 128 + column), k != 0);
   }
 }
 
-/* out[64, kD] += a[64, kN] · b[kN, kD], a in registers. */
-template <typename T, int kD, int kN>
-__device__ __forceinline__ void accumulate(float (&out)[kD / 2], const uint32_t (&a)[kN / 16][4], uint32_t b) {
+/* The rows of a warpgroup's tile as A operands: fragment k is columns 16k … 16k + 15. Each warp loads its own 16 rows. */
+template <int kD>
+__device__ __forceinline__ void load_fragments(uint32_t (&a)[kD / 16][4], uint32_t tile, const Fragment &at) {
+  const int lane = at.thread & 31, row = (at.thread >> 5) * 16 + (lane & 15);
 #pragma unroll
-  for (int k = 0; k < kN / 16; ++k) Wgmma<kD, T>::template rs<MN_MAJOR>(out, a[k], matrix_descriptor(b + k * 16 * 128, 1024, kN * 128), 1);
+  for (int k = 0; k < kD / 16; ++k) load_matrices(a[k], chunk_address(tile, kRows, row, 2 * k + (lane >> 4)));
+}
+
+/* As `multiply_rows`, with a in registers: half of what a product of 64 columns otherwise reads from shared memory. */
+template <typename T, int kD, int kN>
+__device__ __forceinline__ void multiply_fragments(float (&out)[kN / 2], const uint32_t (&a)[kD / 16][4], uint32_t b) {
+  const uint64_t b_tile = matrix_descriptor(b);
+#pragma unroll
+  for (int k = 0; k < kD / 16; ++k)
+    Wgmma<kN, T>::template rs<K_MAJOR>(out, a[k], advance(b_tile, (k >> 2) * kN * 128 + (k & 3) * 32), k != 0);
+}
+
+/* out[64, kD] += a[64, kN] · b[kN, kD], a in registers, b in slabs of kSlab rows. */
+template <typename T, int kD, int kN, int kSlab = kN>
+__device__ __forceinline__ void accumulate(float (&out)[kD / 2], const uint32_t (&a)[kN / 16][4], uint32_t b) {
+  const uint64_t b_tile = matrix_descriptor(b, 1024, kSlab * 128);
+#pragma unroll
+  for (int k = 0; k < kN / 16; ++k) Wgmma<kD, T>::template rs<MN_MAJOR>(out, a[k], advance(b_tile, k * 16 * 128), 1);
 }
 
 /* Writes a 64-row accumulator, its rows times factor[r], as T into a tile of shared memory. */
@@ -301,7 +343,5 @@ __device__ __forceinline__ void store_tile_to_global(const CUtensorMap *map, con
   for (int slab = 0; slab < kD / kSlabColumns; ++slab)
     tma_store_4d(map, slab * kSlabColumns, head, t, batch, smem_address(tile) + slab * kRows * 128);
 }
-
-__device__ __forceinline__ void warpgroup_sync(int warpgroup) { named_barrier_sync(CONSUMER + warpgroup, kWarpgroup); }
 
 }  // namespace power::attention
