@@ -57,6 +57,8 @@ def backward(
 
 def _tileable(x: Tensor) -> Tensor:
     """`x`, or a contiguous copy if the copy engine cannot address it."""
+    if x.numel() == 0:
+        return x
     strides = (stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1)
     usable = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in strides)
     return x if usable else x.contiguous()

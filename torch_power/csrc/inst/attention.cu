@@ -23,15 +23,18 @@ int32_t check(const PowerAttentionShape &s) {
   return POWER_OK;
 }
 
-/* The copy engine's terms: contiguous last axis, other strides multiples of 16 bytes (an axis of one element may have any). */
+/* The copy engine's terms: contiguous last axis, other strides multiples of 16 bytes (an axis of one element may have any, and an
+ * array without elements is never looked at). */
 bool tileable(const PowerArray &a, int64_t b, int64_t t, int64_t h, int64_t x) {
   const int64_t size[3] = {b, t, h};
+  if (b * t * h == 0) return true;
   bool ok = reinterpret_cast<uintptr_t>(a.data) % 16 == 0 && (x == 1 || a.stride[3] == 1);
   for (int i = 0; i < 3; ++i) ok = ok && (size[i] == 1 || a.stride[i] % 8 == 0);
   return ok;
 }
 
-int32_t run(const PowerAttentionShape *shape, const PowerAttentionArrays *arrays, void *workspace, int64_t bytes, void *stream, bool backward) {
+int32_t run(const PowerAttentionShape *shape, const PowerAttentionArrays *arrays, void *workspace, int64_t bytes, void *stream,
+            bool backward) {
   const PowerAttentionShape &s = *shape;
   const PowerAttentionArrays &x = *arrays;
   if (const int32_t status = check(s)) return status;
@@ -40,14 +43,16 @@ int32_t run(const PowerAttentionShape *shape, const PowerAttentionArrays *arrays
     return power_fail(POWER_UNSUPPORTED, "states: the attention form has none; use the chunked form");
   if (x.log_g.data && !s.causal) return power_fail(POWER_INVALID, "log_g: gates need causal");
   if (bytes < workspace_bytes(s, backward) || reinterpret_cast<uintptr_t>(workspace) % 256)
-    return power_fail(POWER_WORKSPACE, "workspace: %lld bytes, aligned to 256, are needed", static_cast<long long>(workspace_bytes(s, backward)));
+    return power_fail(POWER_WORKSPACE, "workspace: %lld bytes, aligned to 256, are needed",
+                      static_cast<long long>(workspace_bytes(s, backward)));
   bool ok = tileable(x.q, s.b, s.t, s.h_q, s.d) && tileable(x.k, s.b, s.t_kv, s.h_kv, s.d) && tileable(x.v, s.b, s.t_kv, s.h_kv, s.e) &&
             tileable(x.y, s.b, s.t, s.h_q, s.e);
   if (backward)
-    ok = ok && tileable(x.dy, s.b, s.t, s.h_q, s.e) && tileable(x.dq, s.b, s.t, s.h_q, s.d) && tileable(x.dk, s.b, s.t_kv, s.h_kv, s.d) &&
-         tileable(x.dv, s.b, s.t_kv, s.h_kv, s.e);
+    ok = ok && tileable(x.dy, s.b, s.t, s.h_q, s.e) && tileable(x.dq, s.b, s.t, s.h_q, s.d) &&
+         tileable(x.dk, s.b, s.t_kv, s.h_kv, s.d) && tileable(x.dv, s.b, s.t_kv, s.h_kv, s.e);
   if (!ok)
-    return power_fail(POWER_INVALID, "arrays: the last axis must be contiguous, other strides multiples of 8 elements, addresses of 16 bytes");
+    return power_fail(POWER_INVALID, "arrays: the last axis must be contiguous, other strides multiples of 8 elements, addresses "
+                                     "multiples of 16 bytes");
 
   int device = 0, multiprocessors = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
