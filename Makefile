@@ -78,10 +78,13 @@ wheel: $(READY)
 PYTHON312 ?= $(shell for p in python3.12 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12*/bin/python /usr/local/bin/python3.12 /usr/bin/python3.12; do \
 	"$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo "$$p" && break; done)
 
+# What another version of JAX could break shows in one dtype; the numbers of all are the first leg's.
+ONLY_312 := -k "not float64 and not bfloat16 and not float16"
+
 test-jax312:
 	@python312="$(PYTHON312)"; if [ -n "$$python312" ]; then \
 		$(MAKE) --no-print-directory PYTHON312="$$python312" $(VENV312)/.project && \
-		$(VENV312)/bin/python $(PYTEST) $(PYTEST_ARGS); \
+		$(VENV312)/bin/python $(PYTEST) $(ONLY_312) $(PYTEST_ARGS); \
 	else echo "SKIPPED: the Python 3.12 leg, since no working python3.12 was found (PYTHON312=/path/to/python3.12 names one)"; fi
 
 $(VENV312)/.project: pyproject.toml constraints-py312.txt
