@@ -21,14 +21,14 @@ def plan(call: spec.PowerCall) -> spec.PowerCall:
     """Replace a form that was left open by the one that is faster here, forward and backward together.
 
     A token and head costs the chunked form 7 products of D·e multiply-adds whatever t is, the attention form 4.5 of d + e with
-    half of t keys. At the rates measured on one H100 (NOTES, "Chunked CUDA") they are equal near t = 7·D·e / (d + e): 8000 at
+    half of t keys. At the rates measured on one H100 (NOTES, "Chunked CUDA") they are equal near t = 8·D·e / (d + e): 9200 at
     d = e = 64. What the chunked kernels lack (other degrees, no mask) is left to the attention form.
     """
     if not call.auto_form or call.has_state or call.return_state:
         return call
     if call.deg != 2 or not call.causal or call.d % 8:
         return dataclasses.replace(call, form="attention")
-    crossing = 7 * spec.state_rows(call.d, 2) * call.e / (call.d + call.e)
+    crossing = 8 * spec.state_rows(call.d, 2) * call.e / (call.d + call.e)
     return dataclasses.replace(call, form="attention" if call.t < crossing else "chunked")
 
 

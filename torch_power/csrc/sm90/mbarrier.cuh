@@ -38,8 +38,16 @@ struct RingPosition {
   }
 };
 
+/* Arrivals by which a warp hands a slot back. One lane speaks for all after a __syncwarp; compute-sanitizer's racecheck does not follow that
+ * order and reports the other lanes' reads, so a build for it (-DPOWER_RACECHECK) has every lane arrive. */
+#ifdef POWER_RACECHECK
+constexpr int ARRIVALS_A_WARP = 32;
+#else
+constexpr int ARRIVALS_A_WARP = 1;
+#endif
+
 /* A ring of slots that one producer thread fills through the copy engine and consumers drain.
- * full: one arrival (the producer's expect) plus bytes; empty: `consumers` arrivals. */
+ * full: one arrival (the producer's expect) plus bytes; empty: one release from each of `consumers` warps. */
 template <int STAGES>
 struct Ring {
   uint32_t barriers;
@@ -47,7 +55,7 @@ struct Ring {
   __device__ __forceinline__ uint32_t full(int slot) const { return barriers + slot * 8; }
   __device__ __forceinline__ uint32_t empty(int slot) const { return barriers + (STAGES + slot) * 8; }
   __device__ __forceinline__ void init(int consumers) const {
-    for (int slot = 0; slot < STAGES; slot++) mbarrier_init(full(slot), 1), mbarrier_init(empty(slot), consumers);
+    for (int slot = 0; slot < STAGES; slot++) mbarrier_init(full(slot), 1), mbarrier_init(empty(slot), consumers * ARRIVALS_A_WARP);
   }
   /* Producer: waits for the slot to be drained, then announces `bytes`; copies into it signal full(slot). */
   __device__ __forceinline__ void acquire(const RingPosition<STAGES> &at, uint32_t bytes) const {
@@ -57,10 +65,10 @@ struct Ring {
   /* Consumer: waits for the slot's bytes. */
   __device__ __forceinline__ void wait(const RingPosition<STAGES> &at) const { mbarrier_wait(full(at.slot), at.parity); }
   /* Consumer: every warp says that it has done with the slot; one thread for a whole warpgroup would let the producer
-   * overwrite what another of its warps still reads. Count 4 arrivals a warpgroup in `init`. */
+   * overwrite what another of its warps still reads. */
   __device__ __forceinline__ void release(int slot) const {
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) mbarrier_arrive(empty(slot));
+    if (ARRIVALS_A_WARP == 32 || (threadIdx.x & 31) == 0) mbarrier_arrive(empty(slot));
   }
 };
 
