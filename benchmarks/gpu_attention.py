@@ -118,9 +118,7 @@ def main() -> None:
             for causal in (True,) if quick else (True, False):
                 for name in list(CONTESTANTS)[: 2 if quick else None]:
                     rows.append(measure(name, TOKENS // t, t, WIDTH // d, d, causal, 30 if quick else 100))
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit}
     pathlib.Path(sys.argv[1]).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 

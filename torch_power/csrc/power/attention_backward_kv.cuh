@@ -6,7 +6,8 @@
  *
  * A persistent block of 128 keys of one key-value head, one warpgroup for every 64; tiles of 64 queries of all the query heads
  * that read it stream past: Sᵀ = K Qᵀ and dPᵀ = V dYᵀ, then wᵀ and dSᵀ in registers, dV += wᵀ dY and dK += dSᵀ Q
- * with dY and Q read down their columns. Nothing but q and dy crosses warpgroups, and heads are not repeated.
+ * with dY and Q read down their columns. Nothing but q and dy crosses warpgroups, and heads are not repeated. The last warpgroup
+ * is that of the other kernels.
  *
  * Shared memory: k_smem and v_smem, two slots a warpgroup (dk and dv leave through them), q_smem, dy_smem and the queries'
  * records in a ring of stages.

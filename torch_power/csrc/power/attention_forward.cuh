@@ -3,8 +3,8 @@
  * A persistent block of 64·kGroups query rows of one head; each consumer warpgroup owns 64 of them and shares the stream of
  * 128-key tiles: S = Q Kᵀ (both from shared memory), S → w in registers, O += w V (w from registers, V as stored). There is no
  * running maximum and nothing is rescaled, so a tile costs 2–3 instructions a score beside its two products, and three (d = 64)
- * or two (d = 128) warpgroups in turn keep the matrix units busy. Of the last warpgroup one thread
- * loads, one stores and one deals out the items.
+ * or two (d = 128) warpgroups in turn keep the matrix units busy. The last tile, on the diagonal, is computed 64 keys wide. Of the
+ * last warpgroup one thread loads, one stores and one deals out the items.
  *
  * Shared memory: q_smem, two slots a warpgroup (the next item's q arrives under this one's products; y leaves through the
  * same slot), k_smem and v_smem in a ring of stages, gates of the keys beside k.
