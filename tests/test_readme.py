@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import pathlib
 import re
 import subprocess
@@ -59,6 +60,17 @@ def test_implementations():
         column = 1 if twin.framework == "jax" else 2
         named = {name for row in rows for name in re.findall(r'`"(\w+)"`', row[column])}
         assert named and named <= set(importlib.import_module(f"{twin.name}.choice").CHOICE.names())
+
+
+def test_speed():
+    """The table of times is the committed result, rounded."""
+    rows = json.loads((ROOT / "benchmarks/results/gpu_power_h100.json").read_text())["rows"]
+    measured = {(row["contestant"], row["d"], row["t"]): row for row in rows}
+    for d, t, *printed, ratio in cells("## Speed"):
+        ours, theirs = (measured[name, int(d), int(t)] for name in ("power chunked", "cudnn"))
+        times = [x for row in (ours, theirs) for x in (row["forward_ms"], row["forward_ms"] + row["backward_ms"])]
+        assert printed == [f"{x:.2f}" for x in times], (d, t)
+        assert ratio == f"{times[3] / times[1]:.1f}", (d, t)
 
 
 def test_bounds():

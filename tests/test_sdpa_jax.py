@@ -78,7 +78,7 @@ def call_of(case, arrays, implementation):
     return functools.partial(attention, mask=arrays.get("mask"), **options), operands
 
 
-@pytest.mark.parametrize(("case", "dtype", "implementation"), selected())
+@pytest.mark.parametrize(("case", "dtype", "implementation"), list(selected()))
 def test_matches_oracle(case, dtype, implementation):
     arrays = case.make(dtype)
     function, operands = call_of(case, arrays, implementation)
