@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
 import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -14,8 +17,17 @@ from bridge import measure
 Result = TypeVar("Result")
 
 
+# prctl's option to be sent a signal when the parent ends (linux/prctl.h).
+_PR_SET_PDEATHSIG = 1
+
+
 def _set_up(device: str) -> None:
-    """Before JAX is imported: it shall not take 75% of the GPU's memory, and use the device that was asked for."""
+    """In a new process, before JAX is imported: it shall not take 75% of the GPU's memory, and use the device asked for.
+
+    Nor shall the process go on computing for minutes when the run that wanted the result has been killed.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"

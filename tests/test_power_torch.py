@@ -14,7 +14,8 @@ from bridge import cases, spec, twins
 from torch_power import ops
 
 OPTIONS = [{"form": "attention"}, {"form": "chunked", "chunk_size": 4}, {"form": "recurrent"}]
-NAMES = twins.TORCH.implementations("power_attention") if twins.TORCH in twins.present() else ()
+# Those that run here: the fused ones are tested on a GPU, in tests/gpu.
+NAMES = tuple(name for name in twins.TORCH.implementations("power_attention") if name not in cases.FUSED)
 
 
 def inputs(dtype=torch.float64, t=10, d=8, e=5, requires_grad=False, batch=()):

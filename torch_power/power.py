@@ -172,6 +172,8 @@ def sympow(x: Float[Tensor, "... d"], deg: int) -> Float[Tensor, "... D"]:
 
 def _autocast(x: Any) -> Any:
     """Under `torch.autocast`, a float32 tensor in the autocast dtype, as for PyTorch's own attention; else `x` as it is."""
-    if not isinstance(x, Tensor) or x.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or x.dtype != torch.float32 or not torch.amp.is_autocast_available(x.device.type):
+        return x
+    if not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
