@@ -92,7 +92,8 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
                                      w.gates, w.rows, maxima, w.column, ds != nullptr, normalize};
   if (cudaError_t error = dispatch_sizes(z, [&](auto d, auto e) { return GradientLaunch<In, d.value, e.value>::kv(gradient_kv, stream); })) return error;
   if (a.dlog_g.data != nullptr) {
-    const GateGradientParams gate{z, make_view(a.log_g), w.column, w.rows.delta, w.rows.state_part, normalize, s0, z0, floats(a.ds0), floats(a.dz0), w.gate_sums, ds == nullptr, floats(a.dlog_g),
+    const GateGradientParams gate{z, make_view(a.log_g), w.column, w.rows.delta, w.rows.state_part, normalize, s0, z0,
+                                  floats(a.ds0), floats(a.dz0), w.gate_sums, ds == nullptr, floats(a.dlog_g),
                                   a.dlog_g.stride[0], a.dlog_g.stride[1], a.dlog_g.stride[2]};
     const dim3 grid(z.chunks, unsigned(heads));
     gate_sums_kernel<<<grid, GATE_THREADS, 0, stream>>>(gate);

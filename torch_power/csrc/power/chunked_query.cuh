@@ -188,7 +188,8 @@ __global__ void __launch_bounds__(384, 1) query_kernel(const __grid_constant__ Q
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++) {
       q_tile[m] = rows_smem + (group * ROW_TILES + m) * T::ROW_HALVES * TILE_BYTES;
-      stage_queries<In, PADDED_D>(p.q, block.head / p.z.h_q * p.q.batch + block.head % p.z.h_q * p.q.head, chunk * p.z.chunk + (own_tile + m) * TILE, p.z.t, p.z.d, q_tile[m],
+      stage_queries<In, PADDED_D>(p.q, block.head / p.z.h_q * p.q.batch + block.head % p.z.h_q * p.q.head,
+                                  chunk * p.z.chunk + (own_tile + m) * TILE, p.z.t, p.z.d, q_tile[m],
                                   unscale + (group * ROW_TILES + m) * TILE, lane);
       den[m][0] = den[m][1] = 0.f;
 #pragma unroll
