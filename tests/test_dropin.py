@@ -137,6 +137,6 @@ def test_install_and_uninstall(served):
 
 
 def test_without_the_library(monkeypatch):
-    monkeypatch.setattr(dropin.kernel._library, "missing", lambda: "not built; run `make test`")
+    monkeypatch.setattr(dropin._library, "missing", lambda: "not built; run `make test`")
     with pytest.raises(NotImplementedError, match="install_sdpa: not built; run `make test`"):
         torch_power.install_sdpa()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bridge import spec_sdpa
-from torch_power import ops_sdpa
+from torch_power import _library, ops_sdpa
 from torch_power.cpp import sdpa as kernel
 
 FORWARD = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -36,7 +36,7 @@ def install_sdpa() -> None:
       NotImplementedError: the compiled library is missing (the message says how to build it).
     """
     global _installed
-    reason = kernel._library.missing()
+    reason = _library.missing()
     if reason is not None:
         raise NotImplementedError(f"install_sdpa: {reason}")
     with _lock:
@@ -137,7 +137,7 @@ def _serves(
 
 def _call(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, attn_mask: Tensor | None, scale: float | None
-) -> tuple[spec_sdpa.SdpaCall, tuple[Tensor | None, ...]]:
+) -> tuple[spec_sdpa.SdpaCall, tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]]:
     """The operator's arguments as our kernel takes them."""
     bias = mask = None
     if attn_mask is not None:
