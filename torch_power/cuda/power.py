@@ -16,19 +16,24 @@ from torch import Tensor
 from bridge import spec
 from torch_power.cuda import attention, library
 
+# Tokens from which the chunked form is faster, by the head size that kernels pad to: one H100, forward and backward together,
+# microseconds a token and head (benchmarks/results/gpu_power_h100.json and gpu_attention_h100.json).
+CROSSING = {
+    64: 9_200,  # chunked 8.4 whatever t is (t = 65536), attention 0.98e-3 · t (t = 16384), a little more with few heads
+    128: 20_000,  # chunked 36.7, attention 1.80e-3 · t
+}
+
 
 def plan(call: spec.PowerCall) -> spec.PowerCall:
     """Replace a form that was left open by the one that is faster here, forward and backward together.
 
-    A token and head costs the chunked form 7 products of D·e multiply-adds whatever t is, the attention form 4.5 of d + e with
-    half of t keys. At the rates measured on one H100 (NOTES, "Chunked CUDA") they are equal near t = 8·D·e / (d + e): 9200 at
-    d = e = 64. What the chunked kernels lack (other degrees, no mask) is left to the attention form.
+    What the chunked kernels lack (other degrees, no mask) is left to the attention form.
     """
     if not call.auto_form or call.has_state or call.return_state:
         return call
     if call.deg != 2 or not call.causal or call.d % 8:
         return dataclasses.replace(call, form="attention")
-    crossing = 8 * spec.state_rows(call.d, 2) * call.e / (call.d + call.e)
+    crossing = CROSSING[64 if max(call.d, call.e) <= 64 else 128]
     return dataclasses.replace(call, form="attention" if call.t < crossing else "chunked")
 
 
