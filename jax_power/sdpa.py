@@ -102,7 +102,8 @@ def dot_product_attention(  # type: ignore[misc]  # shapes are of arrays; anythi
         operation's table.
       NotImplementedError: an implementation asked for lacks something this call needs.
     """
-    batch = jnp.shape(query)[:-3]
+    query = jnp.asarray(query)
+    batch = query.shape[:-3]
     query, key, value = (_four_axes(x) for x in (query, key, value))
     bias, mask = (None if x is None else _four_axes(x) for x in (bias, mask))
     lengths = [None if x is None else jnp.asarray(x) for x in (query_seq_lengths, key_value_seq_lengths)]
