@@ -48,7 +48,7 @@ def sympow_transposed_jacobian(x: Float[Tensor, "... d"], dphi: Float[Tensor, ".
             if other != slot:
                 inner = tile if slot > other else 1
                 block = block.reshape(tokens, len(tuples), tile**other, tile, inner)
-                block = (block * tiles[:, index[:, other], None, :, None]).sum(3)
+                block = torch.einsum("Nnatb,Nnt->Nnab", block, tiles[:, index[:, other]])
         block = block.reshape(tokens, len(tuples), tile)
         dtiles += torch.einsum("Nnt,nm->Nmt", block, occurs[:, slot])
     return dtiles.reshape(x.shape)
