@@ -301,11 +301,11 @@ def check_step(q: Any, k: Any, v: Any, log_g: Any) -> None:
 # Cost model
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Operations a matrix unit does in the time the chunked form takes to make, read and write one element of φ (it is built from
-# a gather and p − 1 products and never leaves the cache for long): measured on two CPU cores, float32, d = 64.
+# What making one element of φ costs beside its two products, in their operations. Set so that with p = 2, d = e = 64 the forms
+# cross near t = 5800: by their times at t = 32768 on two CPU cores they do at 6100 in xla, 7400 in eager (NOTES, "Portable").
 FEATURE_COST = 24.0
-# Longest piece of the quadratic sum held at once by the portable implementations: 512 × 512 float32 scores are 1 MB a head,
-# which stays in a core's level-2 cache; 256 halves the matrix products' efficiency, 1024 spills.
+# Longest piece of the quadratic sum held at once by the portable implementations: 512 × 512 float32 scores are 1 MB a head.
+# An estimate of what a core's cache holds; other lengths have not been timed.
 ATTENTION_BLOCK = 512
 
 
@@ -322,7 +322,7 @@ def chunked_cost(t: int, t_kv: int, d: int, e: int, deg: int, chunk_size: int, *
 
 
 def choose_form(t: int, t_kv: int, d: int, e: int, deg: int, *, causal: bool, with_state: bool) -> str:
-    """The cheapest form by the two costs above. With p = 2 and d = e = 64 the forms cross near t = 8000 (causal).
+    """The cheapest form by the two costs above. With p = 2 and d = e = 64 the forms cross near t = 5800 (causal).
 
     A call that has or returns a state pays for querying or updating it in either form, so the chunked one always wins there
     but for a single token, where the recurrence is the same work without a chunk's overhead.
