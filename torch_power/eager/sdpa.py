@@ -23,8 +23,9 @@ from bridge import spec_sdpa
 from bridge.spec_sdpa import SdpaCall
 from torch_power.eager import dropout
 
-# Tile of scores: the fastest of five sizes tried once with a prototype of these loops (two CPU cores, float32, d = 64, t = 4096,
-# 8 heads, a busy machine); smaller and equal-sided ones were close, 1024 × 1024, which leaves level 3, was clearly slower.
+# Tile of scores: the fastest of five sizes tried once with a prototype of these loops (two CPU cores, float32, d = 64,
+# t = 4096, 8 heads, a busy machine). Smaller and equal-sided ones were close; 1024 × 1024, which leaves level 3, was
+# clearly slower.
 QUERY_ROWS, KEY_ROWS = 256, 512
 # Scores held at once, over all heads of a tile: 2^20 float32 are 4 MB, half of level 3.
 TILE_SCORES = 2**20
