@@ -15,7 +15,7 @@ from torch import Tensor
 from bridge import spec
 from torch_power import _library
 
-_FORMS = {"attention": 0, "chunked": 1, "recurrent": 2}  # PowerForm of csrc/abi.h
+_FORMS = {"attention": 0, "chunked": 1, "recurrent": 2, "auto": 3}  # PowerForm of csrc/abi.h
 
 
 def supports(call: spec.PowerCall, device: str) -> str | None:
@@ -32,6 +32,9 @@ def plan(call: spec.PowerCall) -> spec.PowerCall:
     Multiply-adds a token and query head: 7 products of depth 64 or so with half of t keys in the attention form, 7 with
     the state's D rows in the chunked one (both run at the same rate), which makes them equal near t = 4700 at d = e = 64,
     p = 2. The chunk length is left alone: C++ never holds more than 192 tokens of one.
+
+    Gates can make the attention form the cheaper one at any length, since it leaves out what they made forgotten. Where the
+    lengths alone speak for the chunked form, the choice stays open ("auto") until C++ has read the gates.
     """
     if not call.auto_form or call.has_state or call.return_state or call.form == "recurrent":
         return call
@@ -40,7 +43,9 @@ def plan(call: spec.PowerCall) -> spec.PowerCall:
     rows = spec.state_rows(call.d, call.deg)
     attention = 7 * (call.d + call.e) * call.t * call.t_kv * (0.25 if call.causal else 0.5)
     chunked = 7 * rows * (call.e + 1) * (call.t + call.t_kv) / 2
-    return dataclasses.replace(call, form="chunked" if chunked < attention else "attention")
+    if attention <= chunked:
+        return dataclasses.replace(call, form="attention")
+    return dataclasses.replace(call, form="auto" if call.has_gate else "chunked")
 
 
 def forward(
@@ -85,7 +90,8 @@ def _operands(call: spec.PowerCall, q: Tensor, k: Tensor, v: Tensor, *others: Te
 
 def _options(call: spec.PowerCall) -> tuple[int, float, bool, bool, int, int]:
     stateful = call.has_state or call.return_state
-    form = "chunked" if call.form == "attention" and stateful else call.form
+    form = "auto" if call.auto_form else call.form  # `plan` left it open
+    form = "chunked" if form in ("attention", "auto") and stateful else form
     return call.deg, call.scale, call.causal, call.normalize, _FORMS[form], call.chunk_size
 
 

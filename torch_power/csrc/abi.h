@@ -50,7 +50,8 @@ typedef enum PowerDtype {
   POWER_BOOL = 4
 } PowerDtype;
 
-typedef enum PowerForm { POWER_ATTENTION = 0, POWER_CHUNKED = 1, POWER_RECURRENT = 2 } PowerForm;
+/* POWER_AUTO (CPU): the attention or the chunked form, whichever the gates of this call make cheaper. */
+typedef enum PowerForm { POWER_ATTENTION = 0, POWER_CHUNKED = 1, POWER_RECURRENT = 2, POWER_AUTO = 3 } PowerForm;
 
 typedef struct PowerArray {
   void *data;

@@ -28,6 +28,8 @@ template <class T> struct PowerBackward {
   Sizes<T> z;
   Segments segments;  // chunked form
   int64_t groups;     // attention form: tasks a key-value head's key blocks are dealt to
+  Reach<T> reach;     // attention form with gates
+  double *need;       // the same: `largest_need` of a key-value head's queries, [b, h_kv, blocks]
 
   struct Scratch {
     KeyBlock<T> keys;
@@ -83,7 +85,7 @@ template <class T> struct PowerBackward {
     }
   };
 
-  PowerBackward(const PowerAttentionShape &s, const PowerAttentionArrays &arrays, int threads) : shape(s), a(arrays), z(s), segments(z, threads), groups(1) {
+  PowerBackward(const PowerAttentionShape &s, const PowerAttentionArrays &arrays, int threads) : shape(s), a(arrays), z(s), segments(z, threads), groups(1), reach(), need(nullptr) {
     int64_t heads = max64(1, s.b * s.h_kv);
     if (s.form == POWER_ATTENTION && 2 * int64_t(threads) > 3 * heads)
       groups = max64(1, min64((threads + heads - 1) / heads, z.blocks(s.t_kv)));
@@ -108,13 +110,18 @@ template <class T> struct PowerBackward {
     for (int64_t i = 0; i < n; ++i) {
       T *out = w.dn_rows + i * z.e_ld, divisor = shape.normalize ? norm[i * a.norm.stride[1]] : T(1);
       if (divisor == 0) continue;
-      T dot = 0;
-      for (int64_t c = 0; c < z.e; ++c) {
-        T dyc = dy[i * a.dy.stride[1] + c * a.dy.stride[3]];
-        dot += dyc * y[i * a.y.stride[1] + c * a.y.stride[3]];
-        out[c] = dyc / divisor;
-      }
-      if (shape.normalize) out[z.e] = -dot / divisor;
+      const T *dy_i = dy + i * a.dy.stride[1], *y_i = y + i * a.y.stride[1];
+      if (a.dy.stride[3] == 1)
+        memcpy(out, dy_i, size_t(z.e) * sizeof(T));
+      else
+        for (int64_t c = 0; c < z.e; ++c) out[c] = dy_i[c * a.dy.stride[3]];
+      T product = 0;
+      if (a.y.stride[3] == 1)
+        product = dot(out, y_i, z.e);
+      else
+        for (int64_t c = 0; c < z.e; ++c) product += out[c] * y_i[c * a.y.stride[3]];
+      for (int64_t c = 0; c < z.e; ++c) out[c] /= divisor;
+      if (shape.normalize) out[z.e] = -product / divisor;
     }
     transpose(w.dn_rows, z.e_ld, z.lanes, z.E, w.dn, z.lanes);
   }
@@ -187,10 +194,26 @@ template <class T> struct PowerBackward {
 
   // ---- The attention form: task = (batch, key-value head, group of key blocks) --------------------------------------
 
+  // What the gates let a head's queries forget, before its tasks.
+  void measure_reach(Scratch &w, int64_t head) const {
+    reach.measure(z, a, head);
+    int64_t b = head / shape.h_kv, h = head % shape.h_kv, blocks = z.blocks(shape.t);
+    for (int64_t block = 0; block < blocks; ++block) {
+      int64_t start = block * z.block, n = min64(z.block, shape.t - start);
+      load_gates(w.gates, w.running, b, h, start, n);
+      double &largest = need[head * blocks + block] = 0;
+      for (int64_t q_head = h * z.group; q_head < (h + 1) * z.group; ++q_head) {
+        w.queries.load(z, a, b, q_head, start, n);
+        double found = largest_need(z, w.queries, w.gates, pointer<T>(a.norm, b, start, q_head), a.norm.stride[1], n);
+        if (!(found <= largest)) largest = found;
+      }
+    }
+  }
+
   void attention_task(Scratch &w, Partial &out, int64_t b, int64_t h, int64_t group) const {
     clear(out);
     memset(out.dq, 0, size_t(dq_size()) * sizeof(T));
-    int64_t key_blocks = z.blocks(shape.t_kv), blocks = z.blocks(shape.t);
+    int64_t key_blocks = z.blocks(shape.t_kv), blocks = z.blocks(shape.t), first = (b * shape.h_kv + h) * key_blocks;
     for (int64_t key_block = group; key_block < key_blocks; key_block += groups) {
       int64_t key_start = key_block * z.block, n_keys = min64(z.block, shape.t_kv - key_start);
       w.keys.load(z, a, b, h, key_start, n_keys);
@@ -200,10 +223,11 @@ template <class T> struct PowerBackward {
       for (int64_t block = shape.causal ? key_block : 0; block < blocks; ++block) {
         int64_t start = block * z.block, n = min64(z.block, shape.t - start), lanes = round_up(n, kTileM<T>);
         bool same = shape.causal && block == key_block;
+        if (a.log_g.data && block > key_block + 1) between += reach.sum[first + block - 1];
+        if (a.log_g.data && !same && reach.forgotten(first + key_block, between, need[first + block])) continue;
         load_gates(w.gates, w.running, b, h, start, n);
         auto kind = !w.gates.present ? Decay<T>::none : same ? Decay<T>::pairwise : Decay<T>::product;
         if (kind == Decay<T>::product) {
-          if (between < kUnderflow<T>) break;  // nothing of this block is left
           T factor = exp_scalar(T(between));
           for (int64_t j = 0; j < n_keys; ++j) w.factor[j] = factor * w.key_gates.until_end[j];
         }
@@ -219,10 +243,7 @@ template <class T> struct PowerBackward {
             crossing += w.key_sum[j];
           }
         }
-        if (!same) {
-          if (a.dlog_g.data && block > key_block + 1) out.span[key_block + 1] += crossing, out.span[block] -= crossing;
-          between += w.gates.sum;
-        }
+        if (a.dlog_g.data && block > key_block + 1) out.span[key_block + 1] += crossing, out.span[block] -= crossing;
       }
       store_keys(w, b, h, key_start, n_keys);
     }
@@ -246,7 +267,7 @@ template <class T> struct PowerBackward {
 
   // ---- The chunked form: task = (batch, key-value head) -------------------------------------------------------------
 
-  static double dot(const T *x, const T *y, int64_t n) {
+  static double flow_between(const T *x, const T *y, int64_t n) {
     double sum = 0;
     for (int64_t i = 0; i < n; i += kLanes<T>) sum += double(horizontal_sum<T>(load(x + i) * load(y + i)));
     return sum;
@@ -319,7 +340,7 @@ template <class T> struct PowerBackward {
     bool gated = a.dlog_g.data;
     int64_t last = (to + z.block - 1) / z.block - 1, size = z.state_size();
     T *state = w.state, *dstate = w.state + size;
-    double flow = gated && !empty ? dot(dstate, state, size) : 0;  // Σ A across the boundary after the chunk
+    double flow = gated && !empty ? flow_between(dstate, state, size) : 0;  // Σ A across the boundary after the chunk
     for (int64_t chunk = last; chunk * z.block >= from && chunk >= 0; --chunk) {
       int64_t start = chunk * z.block, n = min64(z.block, to - start), lanes = round_up(n, kTileM<T>);
       w.keys.load(z, a, b, h, start, n);
@@ -327,7 +348,7 @@ template <class T> struct PowerBackward {
       auto kind = w.gates.present ? Decay<T>::pairwise : Decay<T>::none;
       clear_keys(w);
       if (gated && chunk != last && chunk % kCheckpoint == kCheckpoint - 1)
-        flow = dot(dstate, w.checkpoints + chunk / kCheckpoint * size, size);
+        flow = flow_between(dstate, w.checkpoints + chunk / kCheckpoint * size, size);
       if (!empty) {
         const T *decay = w.gates.present ? w.gates.until_end : nullptr;
         transpose(w.keys.k, z.d_ld, z.lanes, z.d, w.k_columns, z.lanes);
@@ -475,7 +496,9 @@ template <class T> struct PowerBackward {
     }
   }
 
-  T *reserve(Arena &arena, int threads, Scratch *scratch, Partial *parts) const {
+  T *reserve(Arena &arena, int threads, Scratch *scratch, Partial *parts) {
+    reach.reserve(arena, z);
+    need = arena.take<double>(shape.b * shape.h_kv * z.blocks(shape.t));
     for (int i = 0; i < threads; ++i) {
       Scratch unused;
       (scratch ? scratch[i] : unused).reserve(arena, z, kept(), z.blocks(shape.t));
@@ -519,6 +542,7 @@ template <class T> struct PowerBackward {
       });
       return;
     }
+    if (arrays.log_g.data) parallel(executor, heads, [&](int64_t head, int slot) { backward.measure_reach(scratch[slot], head); });
     parallel(executor, heads * groups, [&](int64_t task, int slot) {
       int64_t head = task / groups, b = head / shape.h_kv, h = head % shape.h_kv;
       Partial &out = parts[groups > 1 ? task : slot];
@@ -531,6 +555,15 @@ template <class T> struct PowerBackward {
       });
   }
 };
+
+template <class T> int64_t power_backward_workspace(const PowerAttentionShape &shape, int threads) {
+  return largest_workspace(shape, threads, PowerBackward<T>::workspace);
+}
+
+template <class T>
+void power_backward(const PowerAttentionShape &shape, const PowerAttentionArrays &a, void *workspace, const PowerExecutor *executor) {
+  PowerBackward<T>::run(with_form_chosen<T>(shape, a), a, workspace, executor);
+}
 
 }  // namespace POWER_ISA
 }  // namespace power_cpu

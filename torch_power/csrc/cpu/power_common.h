@@ -111,16 +111,18 @@ template <class T> inline T power_of_two(T largest) {
   return T(x);
 }
 
-// What a row of queries is multiplied by. With normalize = 1, y does not depend on its length: a power of two brings the largest
-// coordinate into [½, 1), and `scale` matters only where it is 0.
-template <class T> inline T query_factor(const PowerAttentionShape &shape, const T *q, int64_t d) {
+// What a row of queries, padded with zeros to d_ld, is multiplied by. With normalize = 1, y does not depend on its length: a power of
+// two brings the largest coordinate into [½, 1), and `scale` matters only where it is 0.
+template <class T> inline T query_factor(const PowerAttentionShape &shape, const T *q, int64_t d_ld) {
   if (!shape.normalize || shape.scale == 0) return T(shape.scale);
-  T largest = 0;
-  for (int64_t c = 0; c < d; ++c) {
-    T x = q[c] < 0 ? -q[c] : q[c];
-    largest = x > largest ? x : largest;
+  Vec<T> largest = Vec<T>{};
+  for (int64_t c = 0; c < d_ld; c += kLanes<T>) {
+    Vec<T> x = load(q + c);
+    largest = maximum<T>(maximum<T>(x, -x), largest);
   }
-  return power_of_two(largest);
+  T result = 0;
+  for (int64_t c = 0; c < kLanes<T>; ++c) result = largest[c] > result ? largest[c] : result;
+  return power_of_two(result);
 }
 
 // One block of queries q' = factor·q, as rows and with tokens contiguous.
@@ -135,8 +137,8 @@ template <class T> struct QueryBlock {
     const T *no_scale = nullptr;
     pack_rows(rows_from(a.q, b, start, h, 1), n, z.d, no_scale, rows, z.d_ld, z.lanes);
     for (int64_t i = 0; i < n; ++i) {
-      factor[i] = query_factor(z.shape, rows + i * z.d_ld, z.d);
-      for (int64_t c = 0; c < z.d; ++c) rows[i * z.d_ld + c] *= factor[i];
+      factor[i] = query_factor(z.shape, rows + i * z.d_ld, z.d_ld);
+      for (int64_t c = 0; c < z.d_ld; ++c) rows[i * z.d_ld + c] *= factor[i];
     }
     transpose(rows, z.d_ld, z.lanes, z.d, columns, z.lanes);
   }

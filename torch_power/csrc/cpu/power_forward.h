@@ -2,20 +2,17 @@
 // a segment of one when there are more threads than heads).
 #pragma once
 
-#include "parallel.h"
-#include "power_common.h"
+#include "power_reach.h"
 
 namespace power_cpu {
 namespace POWER_ISA {
-
-// The least exponent whose exp is not 0.
-template <class T> constexpr double kUnderflow = sizeof(T) == 4 ? -104.0 : -746.0;
 
 template <class T> struct PowerForward {
   const PowerAttentionShape &shape;
   const PowerAttentionArrays &a;
   Sizes<T> z;
   Segments segments;
+  Reach<T> reach;  // attention form with gates
 
   struct Scratch {
     KeyBlock<T> keys;
@@ -27,6 +24,7 @@ template <class T> struct PowerForward {
     T *features;
     T *stripe;   // scores, then weights
     T *sums;     // [E, lanes]: numerators and normaliser
+    T *y_rows;   // [lanes, e_ld]: the same, a query's side by side
     void reserve(Arena &arena, const Sizes<T> &z) {
       keys.reserve(arena, z);
       queries.reserve(arena, z);
@@ -38,15 +36,17 @@ template <class T> struct PowerForward {
       features = arena.take<T>(z.lanes * kPanelRows);
       stripe = arena.take<T>(kScoreRows * z.lanes);
       sums = arena.take<T>(z.E * z.lanes);
+      y_rows = arena.take<T>(z.lanes * z.e_ld);
     }
   };
 
   PowerForward(const PowerAttentionShape &s, const PowerAttentionArrays &arrays, int threads)
-      : shape(s), a(arrays), z(s), segments(z, threads) {}
+      : shape(s), a(arrays), z(s), segments(z, threads), reach() {}
 
   // Workspace: one state a segment (one a thread when there is one segment a head), then scratch for each thread.
   int64_t states() const { return z.panels == 0 ? 0 : segments.count > 1 ? shape.b * shape.h_kv * segments.count : -1; }
   void reserve(Arena &arena, int threads, Scratch *scratch, T **state) {
+    reach.reserve(arena, z);
     int64_t count = states() < 0 ? threads : states();
     *state = arena.template take<T>(count * z.state_size());
     for (int i = 0; i < threads; ++i) {
@@ -63,13 +63,16 @@ template <class T> struct PowerForward {
   // y = numerators / normaliser (0 where the normaliser is 0), and the normaliser.
   void finish(Scratch &w, int64_t b, int64_t h, int64_t start, int64_t n) const {
     T *norm = pointer<T>(a.norm, b, start, h), *y = pointer<T>(a.y, b, start, h);
-    const T *divisor = w.sums + z.e * z.lanes;
+    transpose(w.sums, z.lanes, z.E, n, w.y_rows, z.e_ld);
     for (int64_t i = 0; i < n; ++i) {
-      norm[i * a.norm.stride[1]] = divisor[i];
-      for (int64_t c = 0; c < z.e; ++c) {
-        T x = w.sums[c * z.lanes + i];
-        y[i * a.y.stride[1] + c * a.y.stride[3]] = !shape.normalize ? x : divisor[i] == 0 ? T(0) : x / divisor[i];
-      }
+      T *row = w.y_rows + i * z.e_ld, divisor = row[z.e];
+      norm[i * a.norm.stride[1]] = divisor;
+      for (int64_t c = 0; shape.normalize && c < z.e; ++c) row[c] = divisor == 0 ? T(0) : row[c] / divisor;
+      T *out = y + i * a.y.stride[1];
+      if (a.y.stride[3] == 1)
+        memcpy(out, row, size_t(z.e) * sizeof(T));
+      else
+        for (int64_t c = 0; c < z.e; ++c) out[c * a.y.stride[3]] = row[c];
     }
   }
 
@@ -99,6 +102,10 @@ template <class T> struct PowerForward {
     for (int64_t key_block = last; key_block >= 0; --key_block) {
       int64_t key_start = key_block * z.block, n_keys = min64(z.block, shape.t_kv - key_start);
       bool same = shape.causal && key_block == block;
+      if (w.gates.present && !same) {
+        int64_t entry = (b * shape.h_kv + h_kv) * z.blocks(shape.t_kv) + key_block;
+        if (reach.forgotten(entry, between, largest_need(z, w.queries, w.gates, w.sums + z.e * z.lanes, 1, n))) break;
+      }
       w.keys.load(z, a, b, h_kv, key_start, n_keys);
       if (!w.gates.present || same) {
         attend(w, n_keys, lanes, w.gates.present ? Decay<T>::pairwise : Decay<T>::none, w.gates, same ? 0 : kSeeAll);
@@ -109,7 +116,6 @@ template <class T> struct PowerForward {
       for (int64_t j = 0; j < n_keys; ++j) w.factor[j] = factor * w.key_gates.until_end[j];
       attend(w, n_keys, lanes, Decay<T>::product, w.key_gates, kSeeAll);
       between += w.key_gates.sum;
-      if (between < kUnderflow<T>) break;  // everything earlier is forgotten
     }
     finish(w, b, h, start, n);
   }
@@ -223,11 +229,14 @@ template <class T> struct PowerForward {
     Scratch *scratch = arena.take<Scratch>(threads);
     T *states;
     forward.reserve(arena, threads, scratch, &states);
-    if (shape.form == POWER_ATTENTION)
+    if (shape.form == POWER_ATTENTION) {
+      if (arrays.log_g.data)
+        parallel(executor, shape.b * shape.h_kv, [&](int64_t head, int) { forward.reach.measure(forward.z, arrays, head); });
       parallel(executor, shape.b * shape.h_q * forward.z.blocks(shape.t),
                [&](int64_t task, int slot) { forward.attention_task(scratch[slot], task); });
-    else
+    } else {
       dispatch_degree(shape.deg, [&](auto p) { forward.template chunked<decltype(p)::value>(executor, scratch, states); });
+    }
   }
 };
 

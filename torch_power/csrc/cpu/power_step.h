@@ -15,13 +15,13 @@ template <class T> struct PowerStep {
   Sizes<T> z;
 
   struct Scratch {
-    T *k, *v, *q, *factor;  // the token: [d], [e], [group, d]
+    T *k, *v, *q, *factor;  // the token: [d], [e], [group, d_ld]
     T *phi, *psi;           // one panel: [64], [group, 64]
     T *old, *sums;          // a decayed row of the state [e]; [group, E]
     void reserve(Arena &arena, const Sizes<T> &z) {
       k = arena.take<T>(z.d);
       v = arena.take<T>(z.e);
-      q = arena.take<T>(z.group * z.d);
+      q = arena.take<T>(z.group * z.d_ld);
       factor = arena.take<T>(z.group);
       phi = arena.take<T>(kPanelRows);
       psi = arena.take<T>(z.group * kPanelRows);
@@ -34,12 +34,12 @@ template <class T> struct PowerStep {
     const T *one = nullptr;
     pack_rows(rows_from(a.k, b, 0, h, 1), 1, z.d, one, w.k, z.d, 1);
     pack_rows(rows_from(a.v, b, 0, h, 1), 1, z.e, one, w.v, z.e, 1);
-    pack_rows(rows_from(a.q, b, 0, h * z.group, 2), z.group, z.d, one, w.q, z.d, z.group);
+    pack_rows(rows_from(a.q, b, 0, h * z.group, 2), z.group, z.d, one, w.q, z.d_ld, z.group);
     for (int64_t r = 0; r < z.group; ++r) {
-      T factor = query_factor(shape, w.q + r * z.d, z.d), score = 0;
+      T *q = w.q + r * z.d_ld, factor = query_factor(shape, q, z.d_ld), score = 0;
       for (int64_t c = 0; c < z.d; ++c) {
-        w.q[r * z.d + c] *= factor;
-        score += w.q[r * z.d + c] * w.k[c];
+        q[c] *= factor;
+        score += q[c] * w.k[c];
       }
       T weight = integer_power<T>(broadcast(score), z.deg)[0], *sums = w.sums + r * z.E;
       for (int64_t c = 0; c < z.e; ++c) sums[c] = weight * w.v[c];
@@ -75,7 +75,7 @@ template <class T> struct PowerStep {
     Panel<P> panel;
     for (PanelWalk<P> walk(z.d); walk.next(panel);) {
       features_by_token<P>(panel, false, w.k, z.d, 1, w.phi);
-      features_by_token<P>(panel, true, w.q, z.d, z.group, w.psi);
+      features_by_token<P>(panel, true, w.q, z.d_ld, z.group, w.psi);
       for (int64_t row = 0; row < panel.rows(); ++row) step_row(w, panel.index * kPanelRows + row, row, b, h, decay);
     }
     for (int64_t r = 0; r < z.group; ++r) {
@@ -110,12 +110,14 @@ template <class T> struct PowerStep {
 };
 
 template <class T> int64_t power_forward_workspace(const PowerAttentionShape &shape, int threads) {
-  return (PowerStep<T>::serves(shape) ? PowerStep<T>::workspace : PowerForward<T>::workspace)(shape, threads);
+  if (PowerStep<T>::serves(shape)) return PowerStep<T>::workspace(shape, threads);
+  return largest_workspace(shape, threads, PowerForward<T>::workspace);
 }
 
 template <class T>
 void power_forward(const PowerAttentionShape &shape, const PowerAttentionArrays &a, void *workspace, const PowerExecutor *executor) {
-  return (PowerStep<T>::serves(shape) ? PowerStep<T>::run : PowerForward<T>::run)(shape, a, workspace, executor);
+  if (PowerStep<T>::serves(shape)) return PowerStep<T>::run(shape, a, workspace, executor);
+  PowerForward<T>::run(with_form_chosen<T>(shape, a), a, workspace, executor);
 }
 
 }  // namespace POWER_ISA

@@ -14,8 +14,7 @@ namespace POWER_ISA {
 
 extern const Variant POWER_VARIANT;
 const Variant POWER_VARIANT = {
-    {power_forward_workspace<POWER_REAL>, power_forward<POWER_REAL>, PowerBackward<POWER_REAL>::workspace,
-     PowerBackward<POWER_REAL>::run},
+    {power_forward_workspace<POWER_REAL>, power_forward<POWER_REAL>, power_backward_workspace<POWER_REAL>, power_backward<POWER_REAL>},
     {SdpaForward<POWER_REAL>::workspace, SdpaForward<POWER_REAL>::run, SdpaBackward<POWER_REAL>::workspace,
      SdpaBackward<POWER_REAL>::run},
 };

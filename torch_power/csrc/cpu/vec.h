@@ -253,12 +253,47 @@ inline void unpack_rows(const T *rows, int64_t ld, int64_t n, int64_t columns, c
   });
 }
 
-// columns[c·ld + i] = rows[i·row_ld + c]: tokens become the contiguous axis.
+// Interleaves two vectors: a0 b0 a1 b1 … of their lower or upper halves.
+template <class T, bool Upper> POWER_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b) {
+  Mask<T> from;
+  for (int64_t i = 0; i < kLanes<T>; ++i) from[i] = (Upper ? kLanes<T> / 2 : 0) + i / 2 + (i % 2) * kLanes<T>;
+  return __builtin_shuffle(a, b, from);
+}
+
+// out[c·ld + i] = rows[i·row_ld + c] for i < n, c < columns: tokens become the contiguous axis, or coordinates again. Squares of
+// kLanes × kLanes are transposed in registers: log2(kLanes) rounds in which vectors i and i + kLanes/2 interleave to 2i and 2i + 1.
+// Both leading dimensions are multiples of kLanes; a row of `out` is written up to the next multiple, with zeros from n on.
 template <class T> inline void transpose(const T *rows, int64_t row_ld, int64_t n, int64_t columns, T *out, int64_t ld) {
-  const int64_t kBlock = 8;
-  for (int64_t c0 = 0; c0 < columns; c0 += kBlock)
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t c = c0; c < min64(c0 + kBlock, columns); ++c) out[c * ld + i] = rows[i * row_ld + c];
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t i = 0; i < n; i += L)
+    for (int64_t c = 0; c < columns; c += L) {
+      Vec<T> x[L], y[L];
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < L; ++k) x[k] = i + k < n ? load(rows + (i + k) * row_ld + c) : Vec<T>{};
+#pragma GCC unroll 4
+      for (int64_t round = 1; round < L; round *= 2) {
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < L / 2; ++k) {
+          y[2 * k] = interleave<T, false>(x[k], x[k + L / 2]);
+          y[2 * k + 1] = interleave<T, true>(x[k], x[k + L / 2]);
+        }
+#pragma GCC unroll 16
+        for (int64_t k = 0; k < L; ++k) x[k] = y[k];
+      }
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < L; ++k)
+        if (c + k < columns) store(out + (c + k) * ld + i, x[k]);
+    }
+}
+
+// Σ x_c·y_c
+template <class T> POWER_INLINE T dot(const T *x, const T *y, int64_t n) {
+  Vec<T> sums = Vec<T>{};
+  int64_t c = 0;
+  for (; c + kLanes<T> <= n; c += kLanes<T>) sums += load(x + c) * load(y + c);
+  T sum = horizontal_sum<T>(sums);
+  for (; c < n; ++c) sum += x[c] * y[c];
+  return sum;
 }
 
 // Scratch handed out of the caller's workspace in order; with base == 0 it only counts, which is how sizes are queried. Under
