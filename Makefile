@@ -20,7 +20,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-input --p
 # Prints the requirements of the named extras, so that they can be installed before the project itself is built
 REQUIREMENTS := -c 'import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	print(*sum((p["optional-dependencies"][x] for x in sys.argv[1:]), p["dependencies"]), sep="\n")'
-EXTRAS := build jax torch bridge validate test lint notebooks
+EXTRAS := build jax torch bridge validate test models lint notebooks
 EXTENSION := $(wildcard setup.py) $(shell find torch_power/csrc -type f 2>/dev/null)
 
 ifeq ($(strip $(VENV)),)
