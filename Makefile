@@ -32,11 +32,11 @@ READY := $(VENV)/.project
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help validate test test-gpu test-jax312 lint types notebooks wheel ci clean
+.PHONY: help validate test test-gpu test-sanitize primitives test-jax312 lint types notebooks wheel ci clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make validate | test | test-gpu | test-jax312 | lint | types | notebooks | wheel | ci | clean   (README.md explains)"
+	@echo "make validate | test | test-gpu | primitives | test-sanitize | test-jax312 | lint | types | notebooks | wheel | ci | clean   (README.md explains)"
 
 $(VENV)/.packages: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}: set PYTHON=")'
@@ -60,6 +60,24 @@ test: $(READY)
 
 test-gpu: $(READY)
 	$(PY) -m pytest tests/gpu $(PYTEST_ARGS)
+
+# The programs of tests/gpu/test_primitives.py, to be carried to a GPU machine: POWER_PRIMITIVES=build/primitives there
+PRIMITIVES := $(patsubst tests/gpu/primitives/%.cu,build/primitives/%,$(wildcard tests/gpu/primitives/*.cu))
+primitives: $(PRIMITIVES)
+build/primitives/%: tests/gpu/primitives/%.cu tests/gpu/primitives/check.cuh $(wildcard torch_power/csrc/sm90/*.cuh)
+	@mkdir -p $(@D)
+	nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a $< -o $@
+
+# CPU operators under AddressSanitizer and UndefinedBehaviorSanitizer, built in a copy so that the ordinary build stays
+SANITIZED := build/sanitized
+SANITIZED_TESTS ?= tests/test_cpp.py tests/test_dropin.py tests/test_power.py tests/test_sdpa_torch.py tests/test_power_laws.py
+test-sanitize: $(READY)
+	@mkdir -p $(SANITIZED)
+	@tar -cf - --exclude='*.so' setup.py pyproject.toml README.md LICENSE bridge jax_power torch_power tests | tar -xf - -C $(SANITIZED)
+	cd $(SANITIZED) && PYTHONPATH=$$PWD POWER_SANITIZE=1 POWER_CUDA=0 $(abspath $(PY)) setup.py -q build_ext --inplace
+	cd $(SANITIZED) && PYTHONPATH=$$PWD LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	    $(abspath $(PY)) -m pytest -n0 -p no:cacheprovider $(SANITIZED_TESTS) -k "cpp or dropin" $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
