@@ -96,6 +96,51 @@ def test_any_number_of_threads(case, form, count, threads):
         np.testing.assert_array_equal(x, again[name], err_msg=f"{name}: two runs differ")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Gates that make old keys forgotten: the attention form leaves them out, where that is less than a rounding error
+# ---------------------------------------------------------------------------------------------------------------------
+
+FORGETTING = cases.Case("forgetting", t=2200, h_q=1, h_kv=1, d=16, e=8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_forgotten_keys_are_left_out_within_bounds(dtype):
+    arrays = FORGETTING.make(dtype)
+    found = compute(FORGETTING, "attention", arrays)
+    errors = cases.errors(found, FORGETTING.exact(arrays), FORGETTING, arrays["dy"])
+    cases.assert_within(errors, cases.bounds(dtype, "cpp", FORGETTING), dtype)
+    # They really are left out: values that are not numbers show in the outputs of those alone that still read them.
+    arrays["v"][:, :9] = np.nan
+    y = compute(FORGETTING, "attention", arrays)["y"]
+    assert np.isnan(y[:, :200]).any() and not np.isnan(y[:, 2000:]).any()
+
+
+@pytest.mark.parametrize("early", [-0.05, 0.08], ids=["forgetting", "growing"])
+def test_what_nothing_newer_outweighs_is_not_left_out(early):
+    """Queries that see the first keys alone, however far the gates have decayed those (72 nats, or 46 after growing)."""
+    case = cases.Case("blind", t=1400, h_q=1, h_kv=1, d=16, e=8)
+    arrays = case.make("float32")
+    arrays["k"][:, :70, :, 8:] = 0
+    arrays["k"][:, 70:, :, :8] = 0
+    arrays["q"][..., 8:] = 0
+    arrays["log_g"][:, :300], arrays["log_g"][:, 300:] = early, -0.05
+    found = compute(case, "attention", arrays)
+    errors = cases.errors(found, case.exact(arrays), case, arrays["dy"])
+    cases.assert_within(errors, cases.bounds("float32", "cpp", case), case.name)
+
+
+@pytest.mark.parametrize(("gate", "form"), [("mild", "attention"), (-1e-4, "chunked")])
+def test_gates_decide_a_form_left_open(gate, form):
+    """t = 6000 alone speaks for the chunked form at d = 64."""
+    case = cases.Case("open", t=6000, h_q=1, h_kv=1, d=64, e=64)
+    arrays = case.make("float32")
+    if gate != "mild":
+        arrays["log_g"][:] = gate
+    got, named = (compute(case, name, arrays) for name in ("auto", form))
+    for name, x in got.items():
+        np.testing.assert_array_equal(x, named[name], err_msg=name)
+
+
 @pytest.mark.parametrize("form", ["attention", "chunked"])
 def test_workspace_may_hold_anything(form):
     """Deterministic mode fills fresh memory with NaN (bytes: 255), which any read before a write would show."""
@@ -215,7 +260,7 @@ def test_small_workspace_is_refused():
     assert b"no state layout for d=9 deg=2" in library.power_last_error()
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_lesser_instruction_sets(isa):
     """Every variant this machine can run gives results within bounds; the choice is made once a process."""
     code = f"""
@@ -223,7 +268,7 @@ import torch
 from bridge import cases
 from tests import test_cpp
 from torch_power import _library
-assert _library.cpu_isa() in ("generic", {isa!r}), _library.cpu_isa()
+assert _library.cpu_isa() in ("generic", "avx2", "avx512")[: {("generic", "avx2", "avx512").index(isa) + 1}]
 for dtype in ("float32", "float64"):
     for name, form in (("state_to_state", "chunked"), ("mixed_decay", "attention"), ("degree_4", "chunked")):
         case = cases.BY_NAME[name]
@@ -246,6 +291,9 @@ def test_plan_takes_the_cheaper_form():
     assert planned(16384, form="attention") == "attention"
     assert planned(64, return_state=True) == "chunked"
     assert planned(16384, deg=6) == "attention"
+    gates = np.zeros((1, 16384, 4), np.float32)
+    assert planned(16384, log_g=gates) == "auto"  # the gates decide
+    assert planned(16384, log_g=gates, return_state=True) == "chunked"
 
 
 def test_call_is_not_changed_by_plan():

@@ -163,8 +163,19 @@ def test_binding_needs_only_the_stable_interface():
     assert {"aoti_torch_library_init_fragment", "PyModule_Create2"} <= wanted
 
 
+def test_wheel_is_small(tmp_path):
+    """Both libraries as built here, compressed as a wheel is: at most 30 MB."""
+    with zipfile.ZipFile(tmp_path / "libraries.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("_C.abi3.so", "lib/libpower_kernels.so"):
+            archive.write(installed(name), name)
+    assert (tmp_path / "libraries.zip").stat().st_size < 30e6
+
+
 def test_second_torch():
-    """POWER_SECOND_PYTHON names another interpreter with another torch: the same files load and compute there."""
+    """POWER_SECOND_PYTHON names another interpreter with another torch: the same files load and compute there.
+
+    On a GPU machine, whose torch is another one, the whole of tests/test_cpp.py says more.
+    """
     python = os.environ.get("POWER_SECOND_PYTHON")
     if not python:
         pytest.skip("POWER_SECOND_PYTHON is not set")
@@ -178,3 +189,23 @@ print(torch.__version__, y.shape)
     done = subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([1, 9, 2, 16])" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The GPU primitives' own programs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "tests/gpu/primitives").glob("*.cu")), ids=lambda source: source.stem)
+def test_primitives_compile(source, tmp_path):
+    """They run on a GPU (tests/gpu/test_primitives.py); that they build, without spills or serialised products, shows here."""
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    command = [nvcc, "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin"]
+    done = subprocess.run(
+        [*command, str(source), "-o", str(tmp_path / "cubin")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert "Compiling entry function" in done.stdout and "C75" not in done.stdout
+    assert set(re.findall(r"(\d+) bytes spill stores", done.stdout)) == {"0"}
