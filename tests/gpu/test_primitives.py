@@ -26,7 +26,8 @@ def programs(tmp_path_factory):
         pytest.skip("no nvcc, and POWER_PRIMITIVES is not set")
     folder = tmp_path_factory.mktemp("primitives")
     running = [subprocess.Popen([nvcc, *FLAGS, str(source), "-o", str(folder / source.stem)]) for source in SOURCES]
-    assert not any([process.wait() for process in running])
+    codes = [process.wait() for process in running]
+    assert codes == [0] * len(SOURCES)
     return folder
 
 
