@@ -83,6 +83,7 @@ template <int P> inline int64_t feature_rows(int64_t d) {
 template <int P, class T>
 inline void features_by_token(const Panel<P> &panel, bool weighted, const T *x, int64_t ld, int64_t n, T *rows) {
   constexpr int tile = Layout<P>::tile, block_rows = Layout<P>::rows;
+  typedef T Tile __attribute__((vector_size(tile * sizeof(T))));
   for (int64_t i = 0; i < n; ++i, x += ld, rows += kPanelRows) {
     for (int block = 0; block < panel.blocks; ++block) {
       const int *first = panel.first[block];
@@ -96,9 +97,13 @@ inline void features_by_token(const Panel<P> &panel, bool weighted, const T *x, 
           for (int a = tile - 1; a >= 0; --a) prefix[r * tile + a] = prefix[r] * x[first[m] + a];
         size *= tile;
       }
-      const T *last = x + first[P - 1];
-      for (int r = 0; r < block_rows / tile; ++r)
-        for (int a = 0; a < tile; ++a) out[r * tile + a] = prefix[r] * last[a];
+      Tile last;
+      memcpy(&last, x + first[P - 1], sizeof last);
+#pragma GCC unroll 16
+      for (int r = 0; r < block_rows / tile; ++r) {
+        Tile product = last * prefix[r];
+        memcpy(out + r * tile, &product, sizeof product);
+      }
     }
     for (int r = panel.rows(); r < kPanelRows; ++r) rows[r] = 0;
   }
