@@ -130,10 +130,9 @@ POWER_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  typedef Vec<int32_t> I;
-  I e;
+  Vec<uint32_t> e;                 // unsigned: far below −87, where the result is not used, the bits wrap around
   memcpy(&e, &shifted, sizeof e);  // the integer sits in the low bits
-  e = (e << 23) + 0x3f800000;
+  e = (e << 23) + 0x3f800000u;
   Vec<float> scale;
   memcpy(&scale, &e, sizeof scale);
   return select<float>(x < -87.3f, Vec<float>{}, p * scale);  // this way round, a NaN stays one
