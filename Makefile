@@ -76,9 +76,8 @@ test-sanitize: $(READY)
 	@tar -cf - --exclude='*.so' setup.py pyproject.toml README.md LICENSE bridge jax_power torch_power tests | tar -xf - -C $(SANITIZED)
 	cd $(SANITIZED) && PYTHONPATH=$$PWD POWER_SANITIZE=1 POWER_CUDA=0 $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd $(SANITIZED) && PYTHONPATH=$$PWD LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	    ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/$(SANITIZED)/report \
-	    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=$(CURDIR)/$(SANITIZED)/report \
-	    $(abspath $(PY)) -m pytest -n0 -p no:cacheprovider $(SANITIZED_TESTS) -k "cpp or dropin" $(PYTEST_ARGS)
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	    $(abspath $(PY)) -m pytest -n0 -s -p no:cacheprovider $(SANITIZED_TESTS) -k "cpp or dropin" $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

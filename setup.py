@@ -16,10 +16,8 @@ and the build fails when a kernel spills registers and csrc/spills.toml does not
 Environment:
     POWER_BUILD=0      install pure Python even where the library could be built
     POWER_CUDA=0       leave the CUDA kernels out even where nvcc is
-    POWER_SANITIZE=1   AddressSanitizer and UndefinedBehaviorSanitizer in everything but the CUDA kernels. To run the tests:
-                       POWER_SANITIZE=1 POWER_CUDA=0 python setup.py build_ext --inplace
-                       LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
-                           ASAN_OPTIONS=detect_leaks=0 python -m pytest tests/test_cpp.py tests/test_power.py -k cpp
+    POWER_SANITIZE=1   AddressSanitizer and UndefinedBehaviorSanitizer in everything but the CUDA kernels
+                       (`make test-sanitize` builds that in a copy and runs the tests on it)
     MAX_JOBS=N         compile N files at a time (default: as many as cores and memory allow)
     NVCC=path          nvcc, when it is neither on PATH nor under CUDA_HOME or /usr/local/cuda
 """

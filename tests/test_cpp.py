@@ -61,7 +61,7 @@ def test_other_devices_are_refused():
 
 def test_missing_library_says_how_to_build(monkeypatch, tmp_path):
     monkeypatch.setattr(_library, "_FOLDER", tmp_path)
-    reason = _library.missing.__wrapped__()
+    reason = _library._load.__wrapped__()
     assert "is not installed" in reason and "pip install --no-build-isolation ." in reason
     monkeypatch.setattr(_library, "missing", lambda: reason)
     q = torch.randn(1, 4, 2, 16)
@@ -139,6 +139,26 @@ def test_gates_decide_a_form_left_open(gate, form):
     got, named = (compute(case, name, arrays) for name in ("auto", form))
     for name, x in got.items():
         np.testing.assert_array_equal(x, named[name], err_msg=name)
+
+
+def test_form_left_open_under_transformations():
+    """compile, export and vmap carry the open form ("auto") through to C++."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 300, 2, 8) for _ in range(3))
+    log_g = -0.3 * torch.rand(2, 300, 2)
+    assert cpp.power.plan(spec.check_power(q, k, v, log_g)).form == "auto"
+
+    def function(*arrays):
+        return torch_power.power_attention(*arrays, implementation="cpp")
+
+    want = function(q, k, v, log_g)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(q, k, v, log_g)
+    module = torch.nn.Module()
+    module.forward = function
+    exported = torch.export.export(module, (q, k, v, log_g)).module()(q, k, v, log_g)
+    mapped = torch.func.vmap(function)(*(x[:, None] for x in (q, k, v, log_g)))[:, 0]
+    for got in (compiled, exported, mapped):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("form", ["attention", "chunked"])

@@ -25,10 +25,14 @@ def kernels_path() -> pathlib.Path:
     return pathlib.Path(os.environ.get("POWER_KERNELS") or _FOLDER / "lib" / "libpower_kernels.so")
 
 
-@functools.cache
-@torch.compiler.assume_constant_result  # torch.compile cannot look at files
+@torch.compiler.assume_constant_result  # torch.compile cannot look at files, and warns of a cache
 def missing() -> str | None:
     """Load the operators, once. None when they are there, else the reason why not and how to get them."""
+    return _load()
+
+
+@functools.cache
+def _load() -> str | None:
     if not (_FOLDER / "_C.abi3.so").exists():
         return f"the compiled library is not installed; {HOW_TO_BUILD}"
     try:
