@@ -85,7 +85,8 @@ template <class T> struct PowerBackward {
     }
   };
 
-  PowerBackward(const PowerAttentionShape &s, const PowerAttentionArrays &arrays, int threads) : shape(s), a(arrays), z(s), segments(z, threads), groups(1), reach(), need(nullptr) {
+  PowerBackward(const PowerAttentionShape &s, const PowerAttentionArrays &arrays, int threads)
+      : shape(s), a(arrays), z(s), segments(z, threads), groups(1), reach(), need(nullptr) {
     int64_t heads = max64(1, s.b * s.h_kv);
     if (s.form == POWER_ATTENTION && 2 * int64_t(threads) > 3 * heads)
       groups = max64(1, min64((threads + heads - 1) / heads, z.blocks(s.t_kv)));

@@ -1,5 +1,5 @@
-// Power attention forward: the attention form (one task a block of queries) and the chunked form (one task a key-value head, or
-// a segment of one when there are more threads than heads).
+// Power attention forward: the attention form (one task a block of queries, which walks back over blocks of keys until the gates have
+// made the rest forgotten) and the chunked form (one task a key-value head, or a segment of one when there are more threads than heads).
 #pragma once
 
 #include "power_reach.h"
