@@ -6,6 +6,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from bridge import spec
@@ -60,14 +61,19 @@ def _attend(plan: Plan, *arguments: Array | None) -> tuple[tuple[Array, Array | 
 
 
 def _forward(plans: Plans, *arguments: Array | None) -> tuple[Any, Residuals]:
-    results, saved = run_and_save(plans, _attend, *arguments)
+    results, saved = (_attend_and_save if _portable(plans) else _attend_and_save_once)(plans, *arguments)
     return results, Residuals(arguments, results[0], saved)
 
 
 def _backward(plans: Plans, residuals: Residuals, grads: Any) -> tuple[Array | None, ...]:
-    if plans.elsewhere is None and plans.here.implementation == "xla":
-        return _gradients(plans, residuals, grads)
-    return _first_gradients(plans, residuals, grads)
+    return (_gradients if _portable(plans) else _gradients_once)(plans, residuals, grads)
+
+
+power_attention.defvjp(_forward, _backward)
+
+
+def _attend_and_save(plans: Plans, *arguments: Array | None) -> tuple[Any, Saved]:
+    return run_and_save(plans, _attend, *arguments)
 
 
 def _gradients(plans: Plans, residuals: Residuals, grads: Any) -> tuple[Array | None, ...]:
@@ -78,33 +84,50 @@ def _gradients(plans: Plans, residuals: Residuals, grads: Any) -> tuple[Array | 
     return run_with_saved(plans, differentiate, _attend, residuals.saved, residuals.arguments, residuals.y, grads)
 
 
-# Kernels cannot be differentiated. Where the portable implementation was among those to choose from, its derivatives of the
-# gradient stand in for theirs, which are equal to rounding.
-_first_gradients = jax.custom_vjp(_gradients, nondiff_argnums=(0,))
+# ---------------------------------------------------------------------------------------------------------------------
+# Second derivatives
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The portable implementation's passes are JAX, which can differentiate them again. Kernels cannot be differentiated: the
+# derivative of their forward pass is their backward pass, and that of the backward pass is the portable implementation's, equal
+# to rounding, if it was among those to choose from.
+_attend_and_save_once = jax.custom_vjp(_attend_and_save, nondiff_argnums=(0,))
+_gradients_once = jax.custom_vjp(_gradients, nondiff_argnums=(0,))
 
 
-def _first_gradients_forward(plans: Plans, residuals: Residuals, grads: Any) -> tuple[Any, Any]:
-    return _gradients(plans, residuals, grads), (residuals, grads)
+def _portable(plans: Plans) -> bool:
+    return plans.here.implementation == "xla" and plans.elsewhere is None
 
 
-def _first_gradients_backward(plans: Plans, kept: tuple[Residuals, Any], cotangents: Any) -> tuple[Residuals, Any]:
-    portable = next((plan for plan in (plans.here, plans.elsewhere) if plan is not None and plan.implementation == "xla"), None)
-    if portable is None:
+def _attend_and_save_forward(plans: Plans, *arguments: Array | None) -> tuple[tuple[Any, Saved], Residuals]:
+    results, saved = _attend_and_save_once(plans, *arguments)
+    return (results, saved), Residuals(arguments, results[0], saved)
+
+
+def _attend_and_save_backward(plans: Plans, residuals: Residuals, grads: tuple[Any, Saved]) -> tuple[Array | None, ...]:
+    return _gradients_once(plans, residuals, grads[0])  # what is saved has no gradient: `_gradients_once` gives it none
+
+
+def _gradients_forward(plans: Plans, residuals: Residuals, grads: Any) -> tuple[Any, Any]:
+    return _gradients_once(plans, residuals, grads), (residuals, grads)
+
+
+def _gradients_backward(plans: Plans, kept: tuple[Residuals, Any], cotangents: Any) -> tuple[Residuals, Any]:
+    plan = next((plan for plan in (plans.here, plans.elsewhere) if plan is not None and plan.implementation == "xla"), None)
+    if plan is None:
         raise NotImplementedError(
             f"power_attention: second derivatives are not implemented by implementation={plans.here.implementation!r}; "
             "implementation='xla' would work"
         )
-    alone = Plans(portable, None, plans.here_is_cuda)
+    alone = Plans(plan, None, plans.here_is_cuda)
+    residuals, grads = kept
 
     def gradients(arguments: Arguments, grads: Any) -> tuple[Array | None, ...]:
-        results, residuals = _forward(alone, *arguments)
-        return _gradients(alone, residuals, grads)
+        return _gradients(alone, _forward(alone, *arguments)[1], grads)
 
-    residuals, grads = kept
     arguments, grads = jax.vjp(gradients, residuals.arguments, grads)[1](cotangents)
-    zeros = jax.tree.map(jax.numpy.zeros_like, (residuals.y, residuals.saved))
-    return Residuals(arguments, *zeros), grads
+    return Residuals(arguments, *jax.tree.map(jnp.zeros_like, (residuals.y, residuals.saved))), grads
 
 
-_first_gradients.defvjp(_first_gradients_forward, _first_gradients_backward)
-power_attention.defvjp(_forward, _backward)
+_attend_and_save_once.defvjp(_attend_and_save_forward, _attend_and_save_backward)
+_gradients_once.defvjp(_gradients_forward, _gradients_backward)

@@ -119,15 +119,15 @@ def run(
         call.b, call.t, call.t_kv, call.h_q, call.h_kv, call.d, call.e, call.chunk_size, call.scale,
         call.deg, _FORMS[call.form], _DTYPES[call.dtypes[0]], call.causal, call.normalize,
     )  # fmt: skip
-    given = {name: x for name, x in operands.items() if x is not None}
+    names = [name for name, x in operands.items() if x is not None]
     wanted = {name: x for name, x in results.items() if x is not None}
-    given = platforms.vary_alike(given)
+    given = platforms.vary_alike([operands[name] for name in names])
     axes = platforms.varying_axes(given)
     buffers = [_buffer(*x, axes) for x in (*wanted.values(), ((workspace_bytes(operation, shape) + _ALIGNMENT,), "uint8"))]
     target = jax.ffi.ffi_call(f"power_{operation}", buffers)
     sizes = {name: np.int64(getattr(shape, name)) for name in (*_SIZES, *_FLAGS)}
     *computed, _ = target(
-        *given.values(), operands=" ".join(given), results=" ".join(wanted), scale=np.float64(call.scale), **sizes,
+        *given, operands=" ".join(names), results=" ".join(wanted), scale=np.float64(call.scale), **sizes,
     )  # fmt: skip
     found = dict(zip(wanted, computed, strict=True))
     return [found.get(name) for name in results]
