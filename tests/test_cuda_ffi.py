@@ -104,10 +104,10 @@ def test_named_on_a_cpu_says_what_would_work():
 @pytest.fixture
 def fresh():
     """What is remembered about the library, forgotten before and after."""
-    for function in (library.load, library.missing):
+    for function in (library.load, library.missing, platforms.not_hopper):
         function.cache_clear()
     yield
-    for function in (library.load, library.missing):
+    for function in (library.load, library.missing, platforms.not_hopper):
         function.cache_clear()
 
 
@@ -124,7 +124,7 @@ def test_no_library_says_how_to_build_one(monkeypatch, tmp_path, fresh):
 
 def test_another_gpu_is_refused(monkeypatch, fresh):
     monkeypatch.setattr(jax, "devices", lambda platform: [type("Device", (), {"compute_capability": "8.0"})])
-    assert library.missing() == "compute capability 8.0: the kernels run on a Hopper GPU (9.0)"
+    assert platforms.not_hopper() == "compute capability 8.0: the kernels run on a Hopper GPU (9.0)"
 
 
 @needs_library

@@ -85,18 +85,12 @@ def load() -> ctypes.CDLL:
 
 @functools.cache
 def missing() -> str | None:
-    """None when the kernels can be called, else what is missing. Without a GPU here, programs can be lowered for one."""
-    try:
-        capability = jax.devices("cuda")[0].compute_capability
-    except RuntimeError:
-        capability = None
-    if capability not in (None, "9.0"):
-        return f"compute capability {capability}: the kernels run on a Hopper GPU (9.0)"
+    """None when the kernels can be called, else what is missing."""
     try:
         load()
     except ImportError as error:
         return str(error)
-    return None
+    return platforms.not_hopper()
 
 
 def run(
