@@ -7,7 +7,8 @@ only the branches for the platforms asked for are lowered. To add a fused implem
 
     "mosaic_gpu": spec.Implementation(fold_batch(forward), fold_batch(backward), supports, plan, wide_output=False)
 
-with `supports` giving a reason for every platform but "cuda", and ending in `not_hopper()`. A call that no fused implementation serves is one plain call.
+with `supports` giving a reason for every platform but "cuda", and for a GPU that is `not_hopper`. A call that no fused
+implementation serves is one plain call.
 
 What a forward pass saves for its backward pass differs between implementations, but the branches of a conditional return the
 same shapes. Kept is what the implementation `here`, on the default backend, saves; lowered for another platform, the backward
@@ -60,7 +61,7 @@ def backend() -> str:
 
 @functools.cache
 def not_hopper() -> str | None:
-    """Why the GPU here cannot run kernels for Hopper; None if it can, or where there is none: programs can be lowered for one."""
+    """Why the GPU here cannot run kernels for Hopper; None if it can, or if none is here (but can be lowered for)."""
     try:
         capability = jax.devices("cuda")[0].compute_capability
     except RuntimeError:
