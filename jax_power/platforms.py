@@ -80,8 +80,7 @@ def run_and_save(plans: Plans, compute: Callable[..., tuple[Any, Any]], *operand
     def elsewhere(*operands: Any) -> tuple[Any, Any]:
         _, saved = jax.eval_shape(functools.partial(compute, plans.here), *operands)
         outputs, _ = compute(plans.elsewhere, *operands)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), saved)
-        return outputs, _vary(zeros, varying_axes(operands))
+        return outputs, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), saved)
 
     return _select(plans, functools.partial(compute, plans.here), elsewhere, *operands)
 
@@ -103,31 +102,37 @@ def run_with_saved(
 
 
 def _select(plans: Plans, here: Callable[..., Any], elsewhere: Callable[..., Any], *operands: Any) -> Any:
+    axes, operands = _varying_axes(operands), vary_alike(operands)
+
+    def typed(branch: Callable[..., Any]) -> Callable[..., Any]:
+        # JAX takes what a kernel returns for equal on all devices of a mesh; it varies as its operands do.
+        return lambda *operands: _vary(branch(*operands), axes)
+
     if plans.elsewhere is None:
-        return here(*operands)
-    cuda, other = (here, elsewhere) if plans.here_is_cuda else (elsewhere, here)
-    return lax.platform_dependent(*vary_alike(operands), cuda=cuda, default=other)
+        return typed(here)(*operands)
+    cuda, other = map(typed, (here, elsewhere) if plans.here_is_cuda else (elsewhere, here))
+    return lax.platform_dependent(*operands, cuda=cuda, default=other)
 
 
-def varying_axes(operands: Any) -> frozenset[str]:
-    """The mesh axes of `shard_map` over which any of the arrays varies."""
-    return frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands)))
-
-
-def vary_alike(operands: Any) -> Any:
+def vary_alike(arrays: Any) -> Any:
     """The arrays, all varying over the same mesh axes, as `shard_map` asks of a custom call's operands.
 
-    Branches of a conditional then have results of one type too.
+    The gradient of one that varied over fewer is a sum over the others.
     """
-    return _vary(operands, varying_axes(operands))
+    return _vary(arrays, _varying_axes(arrays))
 
 
-def _vary(operands: Any, axes: frozenset[str]) -> Any:
+def _varying_axes(arrays: Any) -> frozenset[str]:
+    """The mesh axes of `shard_map` over which any of the arrays varies; none outside of it."""
+    return frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
+
+
+def _vary(arrays: Any, axes: frozenset[str]) -> Any:
     def cast(x: Array) -> Array:
         missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
         return lax.pcast(x, missing, to="varying") if missing else x
 
-    return jax.tree.map(cast, operands)
+    return jax.tree.map(cast, arrays)
 
 
 def fold_batch(function: Callable[..., Any]) -> Callable[..., Any]:

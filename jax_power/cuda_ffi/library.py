@@ -115,14 +115,12 @@ def run(
     )  # fmt: skip
     names = [name for name, x in operands.items() if x is not None]
     wanted = {name: x for name, x in results.items() if x is not None}
-    given = platforms.vary_alike([operands[name] for name in names])
-    axes = platforms.varying_axes(given)
-    buffers = [_buffer(*x, axes) for x in (*wanted.values(), ((workspace_bytes(operation, shape) + _ALIGNMENT,), "uint8"))]
-    target = jax.ffi.ffi_call(f"power_{operation}", buffers)
-    sizes = {name: np.int64(getattr(shape, name)) for name in (*_SIZES, *_FLAGS)}
-    *computed, _ = target(
-        *given, operands=" ".join(names), results=" ".join(wanted), scale=np.float64(call.scale), **sizes,
-    )  # fmt: skip
+    workspace = (workspace_bytes(operation, shape) + _ALIGNMENT,), "uint8"
+    buffers = [jax.ShapeDtypeStruct(size, jnp.dtype(dtype)) for size, dtype in (*wanted.values(), workspace)]
+    attributes = {name: np.int64(getattr(shape, name)) for name in (*_SIZES, *_FLAGS)} | {"scale": np.float64(call.scale)}
+    attributes |= {"operands": " ".join(names), "results": " ".join(wanted)}
+    arrays = platforms.vary_alike([operands[name] for name in names])
+    *computed, _ = jax.ffi.ffi_call(f"power_{operation}", buffers)(*arrays, **attributes)
     found = dict(zip(wanted, computed, strict=True))
     return [found.get(name) for name in results]
 
@@ -143,11 +141,3 @@ def workspace_bytes(operation: str, shape: Shape) -> int:
     if size < 0:
         raise NotImplementedError(library.power_last_error().decode())
     return size
-
-
-def _buffer(shape: tuple[int, ...], dtype: str, axes: frozenset[str]) -> jax.ShapeDtypeStruct:
-    if not axes:
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    mesh = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), jax.sharding.PartitionSpec())
-    varying = jax.sharding.ManualAxisType(varying=axes)
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=mesh, manual_axis_type=varying)
