@@ -15,6 +15,7 @@ import importlib.util
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,8 +118,8 @@ def run(
     wanted = {name: x for name, x in results.items() if x is not None}
     workspace = (workspace_bytes(operation, shape) + _ALIGNMENT,), "uint8"
     buffers = [jax.ShapeDtypeStruct(size, jnp.dtype(dtype)) for size, dtype in (*wanted.values(), workspace)]
-    attributes = {name: np.int64(getattr(shape, name)) for name in (*_SIZES, *_FLAGS)} | {"scale": np.float64(call.scale)}
-    attributes |= {"operands": " ".join(names), "results": " ".join(wanted)}
+    attributes: dict[str, Any] = {name: np.int64(getattr(shape, name)) for name in (*_SIZES, *_FLAGS)}
+    attributes |= {"scale": np.float64(call.scale), "operands": " ".join(names), "results": " ".join(wanted)}
     arrays = platforms.vary_alike([operands[name] for name in names])
     *computed, _ = jax.ffi.ffi_call(f"power_{operation}", buffers)(*arrays, **attributes)
     found = dict(zip(wanted, computed, strict=True))
