@@ -33,11 +33,15 @@ class Saved(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass needs: the arguments q, k, v, log_g, s0, z0, the result y, and what the forward pass saved."""
+    """What the backward pass needs: q, k, v, log_g, s0, z0, and of the forward pass y, once, and what it saved."""
 
     arguments: Arguments
-    y: Array
+    results: tuple[Array | None]
     saved: Saved
+
+    @staticmethod
+    def of(arguments: Arguments, results: tuple[Array | None, ...], saved: Saved) -> Residuals:
+        return Residuals(arguments, (results[0] if saved.wide_y is None else None,), saved)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -62,7 +66,7 @@ def _attend(plan: Plan, *arguments: Array | None) -> tuple[tuple[Array, Array | 
 
 def _forward(plans: Plans, *arguments: Array | None) -> tuple[Any, Residuals]:
     results, saved = (_attend_and_save if _portable(plans) else _attend_and_save_once)(plans, *arguments)
-    return results, Residuals(arguments, results[0], saved)
+    return results, Residuals.of(arguments, results, saved)
 
 
 def _backward(plans: Plans, residuals: Residuals, grads: Any) -> tuple[Array | None, ...]:
@@ -77,11 +81,13 @@ def _attend_and_save(plans: Plans, *arguments: Array | None) -> tuple[Any, Saved
 
 
 def _gradients(plans: Plans, residuals: Residuals, grads: Any) -> tuple[Array | None, ...]:
-    def differentiate(plan: Plan, saved: Saved, arguments: Arguments, y: Array, grads: Any) -> tuple[Array | None, ...]:
+    def differentiate(plan: Plan, kept: tuple[Any, Saved], arguments: Arguments, grads: Any) -> tuple[Array | None, ...]:
+        (y, *_), saved = kept
         y = y if saved.wide_y is None else saved.wide_y
         return POWER[plan.implementation].backward(plan.call, *arguments, y, saved.norm, *grads)
 
-    return run_with_saved(plans, differentiate, _attend, residuals.saved, residuals.arguments, residuals.y, grads)
+    arguments, *kept = residuals
+    return run_with_saved(plans, differentiate, _attend, tuple(kept), arguments, grads)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,7 +107,7 @@ def _portable(plans: Plans) -> bool:
 
 def _attend_and_save_forward(plans: Plans, *arguments: Array | None) -> tuple[tuple[Any, Saved], Residuals]:
     results, saved = _attend_and_save_once(plans, *arguments)
-    return (results, saved), Residuals(arguments, results[0], saved)
+    return (results, saved), Residuals.of(arguments, results, saved)
 
 
 def _attend_and_save_backward(plans: Plans, residuals: Residuals, grads: tuple[Any, Saved]) -> tuple[Array | None, ...]:
@@ -126,7 +132,7 @@ def _gradients_backward(plans: Plans, kept: tuple[Residuals, Any], cotangents: A
         return _gradients(alone, _forward(alone, *arguments)[1], grads)
 
     arguments, grads = jax.vjp(gradients, residuals.arguments, grads)[1](cotangents)
-    return Residuals(arguments, *jax.tree.map(jnp.zeros_like, (residuals.y, residuals.saved))), grads
+    return Residuals(arguments, *jax.tree.map(jnp.zeros_like, residuals[1:])), grads
 
 
 _attend_and_save_once.defvjp(_attend_and_save_forward, _attend_and_save_backward)

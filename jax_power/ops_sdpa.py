@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,14 +40,13 @@ class Operands(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass needs: the operands, the results, and `wide_out` if it was computed wider than the result.
+    """What the backward pass needs: the operands, and of the forward pass lse and out, once, as it was computed.
 
-    `bias_grad` is () if the bias has a gradient, else None.
+    That is `wide_out` if it was computed wider than the result. `bias_grad` is () if the bias has a gradient, else None.
     """
 
     operands: Operands
-    out: Array
-    lse: Array
+    results: tuple[Array | None, Array]
     wide_out: Array | None
     bias_grad: tuple[()] | None
 
@@ -81,24 +79,23 @@ def _forward(plans: Plans, operands: Any) -> tuple[tuple[Array, Array], Residual
     bias_grad = () if operands.bias is not None and operands.bias.perturbed else None
     operands = Operands(*(None if x is None else x.value for x in operands))
     (out, lse), wide_out = run_and_save(plans, _attend, *operands)
-    return (out, lse), Residuals(operands, out, lse, wide_out, bias_grad)
+    return (out, lse), Residuals(operands, (out if wide_out is None else None, lse), wide_out, bias_grad)
 
 
 def _backward(plans: Plans, residuals: Residuals, grads: Any) -> tuple[Operands]:
-    operands, out, lse, wide_out, bias_grad = residuals
+    operands, *kept, bias_grad = residuals
     dout = grads[0]
     if isinstance(dout, SymbolicZero):
         dout = jnp.zeros(dout.shape, dout.dtype)
     differentiate = functools.partial(_gradients, bias_grad is not None)
-    return run_with_saved(plans, differentiate, _attend, wide_out, operands, out, lse, dout)
+    return run_with_saved(plans, differentiate, _attend, tuple(kept), operands, dout)
 
 
-def _gradients(
-    bias_grad: bool, plan: Plan, wide_out: Array | None, operands: Sequence[Array | None], out: Array, lse: Array, dout: Array
-) -> tuple[Operands]:
-    operands, call = Operands(*operands), dataclasses.replace(plan.call, bias_grad=bias_grad)
-    computed = out if wide_out is None else wide_out
-    dq, dk, dv, dbias = SDPA[plan.implementation].backward(call, *operands, computed, lse, dout)
+def _gradients(bias_grad: bool, plan: Plan, kept: Any, operands: Operands, dout: Array) -> tuple[Operands]:
+    call = dataclasses.replace(plan.call, bias_grad=bias_grad)
+    (out, lse), wide_out = kept
+    out = out if wide_out is None else wide_out
+    dq, dk, dv, dbias = SDPA[plan.implementation].backward(call, *operands, out, lse, dout)
     takes_mean = _takes_mean(call, operands, lse)
     if takes_mean is not None:
         of_rows = jnp.where(takes_mean, dout, 0).sum(1, keepdims=True) / call.s

@@ -89,16 +89,16 @@ def run_with_saved(
     plans: Plans,
     compute: Callable[..., Any],
     forward: Callable[..., tuple[Any, Any]],
-    saved: Any,
+    kept: Any,
     operands: tuple[Any, ...],
     *rest: Any,
 ) -> Any:
-    """`compute(plan, saved, operands, *rest)`, where `saved` is what `run_and_save(plans, forward, *operands)` saved."""
+    """`compute(plan, kept, operands, *rest)`, `kept` being what it reads of `run_and_save(plans, forward, *operands)`."""
 
     def elsewhere(_: Any, operands: tuple[Any, ...], *rest: Any) -> Any:
-        return compute(plans.elsewhere, forward(plans.elsewhere, *operands)[1], operands, *rest)
+        return compute(plans.elsewhere, forward(plans.elsewhere, *operands), operands, *rest)
 
-    return _select(plans, functools.partial(compute, plans.here), elsewhere, saved, operands, *rest)
+    return _select(plans, functools.partial(compute, plans.here), elsewhere, kept, operands, *rest)
 
 
 def _select(plans: Plans, here: Callable[..., Any], elsewhere: Callable[..., Any], *operands: Any) -> Any:

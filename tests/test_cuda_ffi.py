@@ -45,8 +45,8 @@ def lowered(function, *arguments, platforms: tuple[str, ...]) -> str:
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=platforms).as_text()
 
 
-def targets(text: str) -> list[str]:
-    return sorted(name for name in library.OPERATIONS for _ in range(text.count(f"custom_call @power_{name}(")))
+def targets(text: str) -> set[str]:
+    return {name for name in library.OPERATIONS if f"custom_call @power_{name}(" in text}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,12 +158,11 @@ def test_one_program_for_both_platforms(form):
     arguments = operands(cases.BY_NAME["gates"])[:4]
     both = functools.partial(value_and_gradients, form=form, implementation=EITHER)
     kernel = {"attention": "attention_quadratic", "chunked": "chunked"}[form]
-    # Traced on a CPU, what is saved is xla's: the kernels' backward pass runs their forward pass again.
-    expected = [f"{kernel}_backward", f"{kernel}_forward", f"{kernel}_forward"]
+    expected = {f"{kernel}_backward", f"{kernel}_forward"}
     assert targets(lowered(both, *arguments, platforms=("cuda",))) == expected
-    assert targets(lowered(both, *arguments, platforms=("cpu",))) == []
+    assert targets(lowered(both, *arguments, platforms=("cpu",))) == set()
     assert targets(lowered(both, *arguments, platforms=("cpu", "cuda"))) == expected
-    assert targets(lowered(functools.partial(both, implementation=EITHER[::-1]), *arguments, platforms=("cuda",))) == []
+    assert targets(lowered(functools.partial(both, implementation=EITHER[::-1]), *arguments, platforms=("cuda",))) == set()
 
 
 @needs_library
@@ -223,7 +222,7 @@ def test_mapped_and_sharded_calls_are_one_call():
     mapped = jax.vmap(jax.vmap(both, in_axes=(0, None, 0, 0)))
     many = [jnp.zeros((5, 3, *x.shape), x.dtype) for x in (q, k, v, log_g)]
     text = lowered(mapped, many[0], many[1][:, 0], *many[2:], platforms=("cuda",))
-    assert targets(text) == ["attention_quadratic_backward", "attention_quadratic_forward", "attention_quadratic_forward"]
+    assert targets(text) == {"attention_quadratic_backward", "attention_quadratic_forward"}
     assert f"b = {5 * 3 * q.shape[0]} : i64" in text
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("batch", "heads"))
@@ -231,7 +230,7 @@ def test_mapped_and_sharded_calls_are_one_call():
     attention = functools.partial(jax_power.power_attention, implementation=EITHER)
     sharded = jax.shard_map(attention, mesh=mesh, in_specs=(where,) * 4, out_specs=where)
     text = lowered(lambda *x: jax.vjp(sharded, *x)[1](x[0]), q, k, v, log_g, platforms=("cuda",))
-    assert targets(text) == ["attention_quadratic_backward", "attention_quadratic_forward", "attention_quadratic_forward"]
+    assert targets(text) == {"attention_quadratic_backward", "attention_quadratic_forward"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
