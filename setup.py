@@ -1,12 +1,14 @@
 r"""Builds the compiled library of torch_power, where it can be built; everything else is in pyproject.toml.
 
-Two shared libraries come out:
+Two shared libraries come out, three where jax is installed and nvcc is:
 
     torch_power/lib/libpower_kernels.so   The kernels behind csrc/abi.h, without a torch symbol: C++ for CPU threads (one
                                           object for each instruction set and arithmetic) and, where nvcc is,
                                           csrc/inst/*.cu for sm_90a.
     torch_power/_C.abi3.so                Their PyTorch operators, on torch's stable ABI: one wheel for Python ≥ 3.11
                                           and torch ≥ 2.11.
+    torch_power/lib/libpower_ffi.so       Their XLA handlers, for jax_power (csrc/ffi_binding.cpp). XLA keeps to its side of
+                                          the interface for a year, so headers of an older jaxlib serve newer ones.
 
 Without torch or without a C++ compiler the package installs as pure Python; without nvcc it has CPU operators only.
 Each is said in one line. Objects are kept in build/objects with a record of the command and the files they were made
@@ -27,6 +29,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -45,7 +48,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = pathlib.Path(__file__).resolve().parent
 CSRC = pathlib.Path("torch_power/csrc")
 OBJECTS = pathlib.Path("build/objects")
-KERNELS = "libpower_kernels.so"
+KERNELS, HANDLERS = "libpower_kernels.so", "libpower_ffi.so"
 SANITIZE = os.environ.get("POWER_SANITIZE") == "1"
 
 # torch 2.11, the oldest supported: headers offer nothing newer, and what is compiled loads there and on later ones.
@@ -182,6 +185,16 @@ def torch_compilations(cxx: str) -> list[Compilation]:
     ]
 
 
+def ffi_compilations(cxx: str) -> list[Compilation]:
+    """The XLA handlers; none where jaxlib, which brings the headers, is not installed."""
+    found = importlib.util.find_spec("jaxlib")
+    if found is None:
+        return []
+    include = pathlib.Path(found.submodule_search_locations[0]) / "include"
+    source = CSRC / "ffi_binding.cpp"
+    return [Compilation(source, OBJECTS / f"{source.stem}.o", (cxx, *CXX_FLAGS, f"-isystem{include}"), CXX_GIGABYTES)]
+
+
 def check_spills(compilations: list[Compilation]) -> None:
     """Raise if ptxas spilled registers in a kernel that csrc/spills.toml does not list with at least as many bytes."""
     allowed = tomllib.loads((CSRC / "spills.toml").read_text())
@@ -225,14 +238,16 @@ class BuildLibrary(build_ext):
         if nvcc is None:
             print("torch_power: CPU operators only (no nvcc, or POWER_CUDA=0)", flush=True)
         cpu, cuda = cpu_compilations(cxx, nvcc is not None), cuda_compilations(nvcc) if nvcc else []
-        binding = torch_compilations(cxx)
+        binding, handlers = torch_compilations(cxx), ffi_compilations(cxx) if nvcc else []
         compile_all(cuda)
-        compile_all([*cpu, *binding])
+        compile_all([*cpu, *binding, *handlers])
         check_spills(cuda)
 
         extension = pathlib.Path(self.get_ext_fullpath(ext.name))
         libraries = extension.parent / "lib"
         link(cxx, [*cpu, *cuda], libraries / KERNELS, self.cuda_arguments(nvcc) if nvcc else [])
+        if handlers:
+            link(cxx, handlers, libraries / HANDLERS, [f"-L{libraries}", "-lpower_kernels", "-Wl,-rpath,$ORIGIN"])
         import torch
 
         torch_libraries = pathlib.Path(torch.__file__).parent / "lib"
@@ -242,12 +257,13 @@ class BuildLibrary(build_ext):
         ])  # fmt: skip
 
     def copy_extensions_to_source(self) -> None:
-        """An editable install runs from the source tree: the kernel library goes there too."""
+        """An editable install runs from the source tree: the libraries without Python's name go there too."""
         super().copy_extensions_to_source()
         folder = ROOT / "torch_power" / "lib"
         folder.mkdir(exist_ok=True)
-        shutil.copyfile(pathlib.Path(self.build_lib) / "torch_power/lib" / KERNELS, folder / "new.so")
-        (folder / "new.so").replace(folder / KERNELS)  # another file than one a running process may have loaded
+        for library in (pathlib.Path(self.build_lib) / "torch_power/lib").glob("*.so"):
+            shutil.copyfile(library, folder / "new.so")
+            (folder / "new.so").replace(folder / library.name)  # another file than one a running process may have loaded
 
     @staticmethod
     def cuda_arguments(nvcc: str) -> list[str]:

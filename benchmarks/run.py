@@ -5,8 +5,10 @@
 
 For every length each contestant is first held to a float64 computation at that length; one whose result is wrong is
 named and has no time. The others take turns, one measurement each a round, so that whatever the machine does meanwhile
-meets them all; reported are medians, and the 10th and 90th percentile. Exit status: 0, 1 if someone's result was wrong
-or its call failed, 2 if the command cannot be carried out.
+meets them all; reported are medians, and the 10th and 90th percentile. Also reported are the first call's time, in which JAX
+compiles (or reads what it compiled before: JAX_COMPILATION_CACHE_DIR names the folder), and for JAX on a GPU the time of the
+kernels alone, by its profiler. Exit status: 0, 1 if someone's result was wrong or its call failed, 2 if the command cannot be
+carried out.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -63,31 +66,41 @@ class UsageError(ValueError):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def references(shape: registry.Shape, arrays: Mapping[str, np.ndarray]) -> Callable[[str], dict[str, np.ndarray]]:
+    """A function from an operation's name to its float64 results, which are worked out when first asked for.
+
+    They are those of the rows of `exact.sampled_rows`, and through an upstream gradient that is zero elsewhere the gradients of
+    every token.
+    """
+    rows = exact.sampled_rows(shape.t)
+    kept = dict(arrays) | {"dy": exact.keep_rows(arrays["dy"], rows)}
+    return functools.cache(lambda name: exact.power(kept, rows, deg=shape.deg) if name == "power" else exact.sdpa(kept, rows))
+
+
 def check(
     contestant: registry.Contestant,
     ready: registry.Ready,
     shape: registry.Shape,
     arrays: Mapping[str, np.ndarray],
+    want: Mapping[str, np.ndarray],
     which: str,
-) -> tuple[dict[str, float], str | None]:
-    """Errors of a contestant at the length that is timed, and what is wrong about them (None: nothing).
-
-    The rows of `exact.sampled_rows` are compared, and through an upstream gradient that is zero elsewhere the gradients
-    of every token.
-    """
+    device: str,
+) -> tuple[dict[str, float], str | None, float]:
+    """Errors of a contestant at the length that is timed, what is wrong about them (None: nothing), and the call's seconds."""
     rows = exact.sampled_rows(shape.t)
-    kept = dict(arrays) | {"dy": exact.keep_rows(arrays["dy"], rows)}
-    want = exact.power(kept, rows, deg=shape.deg) if contestant.operation == "power" else exact.sdpa(kept, rows)
-    result = ready.launch[which](ready.array(kept["dy"]))
+    dy = ready.array(exact.keep_rows(arrays["dy"], rows))
+    begin = time.perf_counter()
+    result = ready.launch[which](dy)
     ready.wait(result)
+    seconds = time.perf_counter() - begin
     got = {name: ready.numpy(x) for name, x in result.items()}
     got["y"] = got["y"][:, rows]
     found = {name: cases.relative_error(x, want[name]) for name, x in got.items()}
-    bounds = contestant.bounds(shape.dtype)
+    bounds = contestant.bounds(shape.dtype, device)
     name = max(found, key=lambda name: found[name] / bounds[name])
     if found[name] <= bounds[name]:
-        return found, None
-    return found, f"{name}: relative L2 error {found[name]:.3g} > {bounds[name]:.3g}"
+        return found, None, seconds
+    return found, f"{name}: relative L2 error {found[name]:.3g} > {bounds[name]:.3g}", seconds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,6 +137,22 @@ def stopwatch(launch: Callable[[], Any], wait: Callable[[Any], None], *, events:
     return by_clock
 
 
+def kernel_seconds(launch: Callable[[], Any], wait: Callable[[Any], None], repeats: int = 5) -> float:
+    """Seconds that the GPU was busy with one of JAX's calls: what its profiler saw on all streams."""
+    import jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(repeats):
+                result = launch()
+            wait(result)
+        files = list(pathlib.Path(folder).rglob("*.xplane.pb"))
+        planes = [plane for file in files for plane in jax.profiler.ProfileData.from_file(str(file)).planes]
+    lines = [line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines]
+    events = [event for line in lines if line.name.startswith("Stream") for event in line.events]
+    return sum(event.duration_ns for event in events) / 1e9 / repeats
+
+
 def interleave(watches: Mapping[str, Callable[[int], float]], rounds: int, least: float) -> dict[str, list[float]]:
     """Seconds of one call by name, `rounds` of each: every contestant is measured once before any is measured again."""
     repeats = {}
@@ -142,6 +171,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """One row for every contestant at one shape: timed, or why not."""
     arrays = shape.make()
+    want = references(shape, arrays)
     rows: dict[str, dict[str, Any]] = {}
     watches = {}
     for contestant in entrants:
@@ -152,9 +182,13 @@ def compare(
         rows[contestant.name] = row
         try:
             ready = contestant.prepare(shape, arrays, device)
-            row["errors"], wrong = check(contestant, ready, shape, arrays, which)
+            row["errors"], wrong, row["first_seconds"] = check(
+                contestant, ready, shape, arrays, want(contestant.operation), which, device
+            )
             if wrong is None:
                 launch = functools.partial(ready.launch[which], ready.array(arrays["dy"]))
+                if device == "cuda" and contestant.framework == "jax":
+                    row["kernel_seconds"] = kernel_seconds(launch, ready.wait)
                 watches[contestant.name] = stopwatch(
                     launch, ready.wait, events=device == "cuda" and contestant.framework == "torch"
                 )
@@ -246,7 +280,9 @@ def commit() -> str | None:
 def show(rows: Sequence[Mapping[str, Any]], base: str | None, console: Console) -> None:
     """Print the rows of one length; times relative to `base` are how many times faster a contestant is."""
     table = Table(box=None, pad_edge=False, title=f"t = {rows[0]['t']}, {rows[0]['pass']}", title_justify="left")
-    for column in ("contestant", "median", "10 % … 90 %", "worst error", *([f"against {base}"] if base else [])):
+    kernels = ["kernels"] if any("kernel_seconds" in row for row in rows) else []
+    against = [f"against {base}"] if base else []
+    for column in ("contestant", "median", "10 % … 90 %", *kernels, "first call", "worst error", *against):
         table.add_column(column, justify="left" if column == "contestant" else "right", no_wrap=True)
     reference = next((row.get("seconds") for row in rows if row["contestant"] == base), None)
     for row in rows:
@@ -255,8 +291,9 @@ def show(rows: Sequence[Mapping[str, Any]], base: str | None, console: Console) 
             continue
         spread = f"{report.seconds_text(row['low'])} … {report.seconds_text(row['high'])}"
         against = [f"{reference / row['seconds']:.2f}x" if reference else "–"] if base else []
-        worst = f"{max(row['errors'].values()):.1e}"
-        table.add_row(row["contestant"], report.seconds_text(row["seconds"]), spread, worst, *against)
+        busy = [report.seconds_text(row["kernel_seconds"]) if "kernel_seconds" in row else "–"] if kernels else []
+        worst, first = f"{max(row['errors'].values()):.1e}", report.seconds_text(row["first_seconds"])
+        table.add_row(row["contestant"], report.seconds_text(row["seconds"]), spread, *busy, first, worst, *against)
     console.print(table)
 
 
@@ -281,7 +318,8 @@ def main(argv: Sequence[str]) -> int:
             "schema": 1, "argv": list(argv[1:]), "commit": commit(),
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
              "device": {"kind": FLAGS.device, "names": registry.device_names(FLAGS.device)},
-            "environment": measure.environment(), "base": FLAGS.base, "rows": rows,
+            "environment": measure.environment(), "base": FLAGS.base,
+            "compilation_cache": "JAX_COMPILATION_CACHE_DIR" in os.environ, "rows": rows,
         }  # fmt: skip
         report.write_whole(pathlib.Path(FLAGS.out), json.dumps(report.plain(result), indent=1, allow_nan=False) + "\n")
     return 1 if any(row["status"] in ("wrong", "failed") for row in rows) else 0

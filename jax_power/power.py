@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float
 
 from bridge import spec
-from jax_power import ops
+from jax_power import ops, platforms
 from jax_power.choice import CHOICE
 from jax_power.xla import features
 
@@ -112,11 +111,9 @@ def power_attention(
         q, k, v, log_g, deg=deg, scale=scale, causal=causal, normalize=normalize, form=form, chunk_size=chunk_size,
         initial_state=initial_state, return_state=return_state,
     )  # fmt: skip
-    name = CHOICE.choose("power_attention", call, implementation, jax.default_backend())
-    call = ops.POWER[name].plan(call)
+    plans = CHOICE.plans("power_attention", call, implementation)
     s0, z0 = (None, None) if initial_state is None else initial_state
-    y, s, z = ops.power_attention(call, name, q, k, v, log_g, s0, z0)
-    y = y.astype(v.dtype)
+    y, s, z = ops.power_attention(plans, *platforms.vary_alike((q, k, v, log_g, s0, z0)))
     return y if s is None or z is None else (y, PowerState(s, z))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -154,12 +155,14 @@ def test_result_file_and_plot(everyone, tmp_path, capsys):
     assert run.main([*ARGUMENTS, "--base=one", f"--out={out}"]) == 0
     assert "against one" in capsys.readouterr().out
     result = json.loads(out.read_text())
-    assert set(result) == {"schema", "argv", "commit", "time", "device", "environment", "base", "rows"}
+    about = {"schema", "argv", "commit", "time", "device", "environment", "compilation_cache", "base"}
+    assert set(result) == about | {"rows"} and result["compilation_cache"] is ("JAX_COMPILATION_CACHE_DIR" in os.environ)
     assert result["base"] == "one" and result["device"] == {"kind": "cpu", "names": {"numpy": "abacus"}}
     assert result["environment"]["versions"]["numpy"] == np.__version__
     assert [(row["contestant"], row["t"]) for row in result["rows"]] == [("one", 4), ("two", 4), ("one", 8), ("two", 8)]
     for row in result["rows"]:
         assert {"framework", "operation", "pass", "b", "h_q", "h_kv", "d", "e", "deg", "dtype", "gates"} <= set(row)
+        assert row["first_seconds"] > 0 and "kernel_seconds" not in row
         assert row["status"] == "timed" and row["samples"] and set(row["errors"]) == {"y", "dq", "dk", "dv", "dlog_g"}
     assert list(tmp_path.iterdir()) == [out]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -101,7 +102,7 @@ def test_spills_fail_unless_listed(tree):
 def test_without_nvcc(tree):
     compiled, said = build(tree, POWER_CUDA="0")
     assert "CPU operators only" in said
-    assert not [name for name in compiled if name.endswith(".cu")]
+    assert not [name for name in compiled if name.endswith(".cu") or name == "ffi_binding.cpp"]
 
 
 @pytest.mark.parametrize(
@@ -117,12 +118,13 @@ def test_pure_python_where_nothing_can_be_built(tree, environment, reason):
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
 
 
-def test_wheel_carries_both_libraries(tree):
+def test_wheel_carries_the_libraries(tree):
     build(tree, "-q", "bdist_wheel")
     (wheel,) = (tree / "dist").glob("*.whl")
     assert re.search(r"-cp311-abi3-linux_\w+\.whl$", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     assert {"torch_power/_C.abi3.so", "torch_power/lib/libpower_kernels.so", "torch_power/cpp/power.py"} <= set(names)
+    assert ("torch_power/lib/libpower_ffi.so" in names) == (importlib.util.find_spec("jaxlib") is not None)
 
 
 def test_failed_compilation_shows_the_compilers_words(tree):

@@ -358,7 +358,7 @@ def _forward_attention(call: spec.PowerCall, x: Operands) -> tuple[Array, Array 
     if call.causal:
         _, sums = lax.scan(diagonal, None, x.chunks)
     else:
-        sums = jnp.zeros((*x.chunks.q.shape[:-1], call.e + 1), x.chunks.q.dtype)
+        sums = jnp.zeros_like(x.chunks.q, shape=(*x.chunks.q.shape[:-1], call.e + 1))
     sums, _ = lax.scan(below, sums, _block_pairs(call, x))
     return sums, _final_state(call, x) if call.return_state else None
 
@@ -375,7 +375,12 @@ def _final_state(call: spec.PowerCall, x: Operands) -> Array:
 
 
 def _initial_state(call: spec.PowerCall, x: Operands) -> Array:
-    return jnp.zeros((call.b, call.h_kv, call.rows, call.e + 1), x.chunks.k.dtype) if x.state is None else x.state
+    return _empty_state(call, x) if x.state is None else x.state
+
+
+def _empty_state(call: spec.PowerCall, x: Operands) -> Array:
+    # Made like k, not anew: inside `shard_map`, what a scan carries must vary over the mesh as what is added to it does.
+    return jnp.zeros_like(x.chunks.k, shape=(call.b, call.h_kv, call.rows, call.e + 1))
 
 
 def _backward_attention(call: spec.PowerCall, x: Operands, dsums: Array, dstate: Array | None) -> tuple[Array | None, ...]:
@@ -466,7 +471,7 @@ def _backward_chunked(call: spec.PowerCall, x: Operands, dsums: Array, dstate: A
         return decayed + dstate_query, (dq + dq_query, dk + dk_update, dv1, dlog_g)
 
     if dstate is None:
-        dstate = jnp.zeros((call.b, call.h_kv, call.rows, call.e + 1), x.chunks.k.dtype)
+        dstate = _empty_state(call, x)
     if not call.causal:
         return _backward_chunked_not_causal(call, x, dsums, dstate)
     _, states = lax.scan(remember, _initial_state(call, x), x.chunks)

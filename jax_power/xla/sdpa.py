@@ -88,14 +88,15 @@ def forward(
             values = values * shrink + _product("nrc,nce->nre", weights, _rows(v, col, tiles.cols).astype(wide))
             return new_top, total, values
 
-        top = jnp.full((*q_rows.shape[:2], 1), -jnp.inf, wide)
-        empty = top, jnp.zeros_like(top), jnp.zeros((*q_rows.shape[:2], call.e), wide)
+        top = jnp.full_like(q_rows, -jnp.inf, shape=(*q_rows.shape[:2], 1))
+        empty = top, jnp.zeros_like(top), jnp.zeros_like(q_rows, shape=(*q_rows.shape[:2], call.e))
         top, total, values = lax.fori_loop(*tiles.seen_from(row), attend_tile, empty)
         out = _store_rows(out, values / jnp.where(total == 0, 1.0, total), row)
         return out, _store_rows(lse, top + jnp.log(total), row)
 
     n = call.b * call.h_kv
-    empty = jnp.zeros((n, call.group, call.t, call.e), wide), jnp.zeros((n, call.group, call.t, 1), wide)
+    # Made like q, not anew: inside `shard_map`, what a loop carries must vary over the mesh as what is stored in it does.
+    empty = tuple(jnp.zeros_like(q, wide, shape=(n, call.group, call.t, columns)) for columns in (call.e, 1))
     out, lse = lax.fori_loop(0, tiles.row_blocks, attend_rows, empty)
     return _ungrouped(call, out), lse.reshape(call.b, call.h_q, call.t)
 
@@ -152,7 +153,7 @@ def backward(
         dq, dk_cols, dv_cols, dbias = lax.fori_loop(*tiles.seeing(m), differentiate_tile, start)
         return dq, _add_cols(dk, dk_cols, col), _add_cols(dv, dv_cols, col), dbias
 
-    start = *(jnp.zeros(x.shape, wide) for x in (q, k, v)), jnp.zeros(bias.shape, wide) if call.bias_grad else None
+    start = *(jnp.zeros_like(x, wide) for x in (q, k, v)), jnp.zeros_like(bias, wide) if call.bias_grad else None
     dq, dk, dv, dbias = lax.fori_loop(0, tiles.col_blocks, differentiate_cols, start)
     dk, dv = (x.reshape(call.b, call.h_kv, *x.shape[2:]).swapaxes(1, 2) for x in (dk, dv))
     return _ungrouped(call, dq * call.scale), dk, dv, dbias
