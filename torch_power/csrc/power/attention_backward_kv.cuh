@@ -304,10 +304,10 @@ __global__ void __launch_bounds__((kBackwardGroups + 1) * kWarpgroup, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < 2 * kBackwardGroups; ++s) {
       (&smem.kv_full[0][0])[s].init(1), (&smem.kv_empty[0][0])[s].init(1);
-      (&smem.gradient_full[0][0])[s].init(4);
+      (&smem.gradient_full[0][0])[s].init_released(4);
     }
     for (int s = 0; s < Tiles::kStages; ++s)
-      smem.q_full[s].init(1), smem.q_empty[s].init(4 * kBackwardGroups);
+      smem.q_full[s].init(1), smem.q_empty[s].init_released(4 * kBackwardGroups);
     smem.dealer.init();
     mbarrier_init_fence();
   }

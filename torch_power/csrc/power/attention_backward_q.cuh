@@ -347,10 +347,10 @@ __global__ void __launch_bounds__((kBackwardGroups + 1) * kWarpgroup, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < 2 * kBackwardGroups; ++s) {
       (&smem.q_full[0][0])[s].init(1), (&smem.q_empty[0][0])[s].init(1);
-      (&smem.dq_full[0][0])[s].init(4);
+      (&smem.dq_full[0][0])[s].init_released(4);
     }
     for (int s = 0; s < BackwardQTiles<kD, kGates>::kStages; ++s)
-      smem.kv_full[s].init(1), smem.kv_empty[s].init(4 * kBackwardGroups);
+      smem.kv_full[s].init(1), smem.kv_empty[s].init_released(4 * kBackwardGroups);
     smem.dealer.init();
     mbarrier_init_fence();
   }

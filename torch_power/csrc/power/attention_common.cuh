@@ -106,13 +106,14 @@ struct Barrier {
   uint64_t word;
   __device__ __forceinline__ uint32_t address() const { return smem_address(&word); }
   __device__ __forceinline__ void init(int arrivals) { mbarrier_init(address(), arrivals); }
+  __device__ __forceinline__ void init_released(int warps) { init(warps * ARRIVALS_A_WARP); }  // by `release`
   __device__ __forceinline__ void expect(uint32_t bytes) { mbarrier_expect(address(), bytes); }
   __device__ __forceinline__ void wait(uint32_t parity) const { mbarrier_wait(address(), parity); }
   __device__ __forceinline__ void arrive() { mbarrier_arrive(address()); }
   /* A stage is released by each warp of each consumer warpgroup: a warp's wait covers its own quarter of a product only. */
   __device__ __forceinline__ void release() {
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) arrive();
+    if (ARRIVALS_A_WARP == 32 || (threadIdx.x & 31) == 0) arrive();
   }
 };
 

@@ -268,10 +268,10 @@ __global__ void __launch_bounds__((ForwardTiles<T, kD, kDeg, kGates>::kGroups + 
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto &smem = *reinterpret_cast<ForwardSmem<T, kD, kDeg, kGates> *>(smem_bytes);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < 2 * Tiles::kGroups; ++s) (&smem.q_full[0][0])[s].init(1), (&smem.q_empty[0][0])[s].init(1), (&smem.y_full[0][0])[s].init(4);
+    for (int s = 0; s < 2 * Tiles::kGroups; ++s) (&smem.q_full[0][0])[s].init(1), (&smem.q_empty[0][0])[s].init(1), (&smem.y_full[0][0])[s].init_released(4);
     for (int s = 0; s < Tiles::kStages; ++s) {
-      smem.k_full[s].init(1), smem.k_empty[s].init(4 * Tiles::kGroups);
-      smem.v_full[s].init(1), smem.v_empty[s].init(4 * Tiles::kGroups);
+      smem.k_full[s].init(1), smem.k_empty[s].init_released(4 * Tiles::kGroups);
+      smem.v_full[s].init(1), smem.v_empty[s].init_released(4 * Tiles::kGroups);
     }
     smem.dealer.init();
     mbarrier_init_fence();
