@@ -27,11 +27,11 @@ CROSSING = {
 def plan(call: spec.PowerCall) -> spec.PowerCall:
     """Replace a form that was left open by the one that is faster here, forward and backward together.
 
-    What the chunked kernels lack (other degrees, no mask) is left to the attention form.
+    What the chunked kernels lack (other degrees, no mask, heads of more than 128) is left to the attention form.
     """
     if not call.auto_form or call.has_state or call.return_state:
         return call
-    if call.deg != 2 or not call.causal or call.d % 8:
+    if call.deg != 2 or not call.causal or call.d % 8 or max(call.d, call.e) > 128:
         return dataclasses.replace(call, form="attention")
     crossing = CROSSING[64 if max(call.d, call.e) <= 64 else 128]
     return dataclasses.replace(call, form="attention" if call.t < crossing else "chunked")

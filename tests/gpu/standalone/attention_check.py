@@ -48,6 +48,27 @@ SMALL = (
     Shape("d128", t=200, d=128, e=128, gates="mild"),
     Shape("f16 deg 4", t=150, deg=4, dtype="float16"),
     Shape("cross", t=70, t_kv=150, causal=False, h_q=4),
+    Shape("d256 short", t=150, d=256, e=256, gates="mild"),
+)
+WIDE = (  # one slot of everything, one stage of keys, two warpgroups for the same keys in the gradient of k and v
+    Shape("d256", t=500, d=256, e=256),
+    Shape("d256 one token", t=1, d=256, e=256),
+    Shape("d256 gates gqa", t=1000, d=256, e=256, b=2, h_q=4, h_kv=2, gates="mild"),
+    Shape("d256 mixed", t=700, d=256, e=256, gates="mixed"),
+    Shape("d256 strong", t=300, d=256, e=256, gates="strong"),
+    Shape("d192 e136", t=333, d=192, e=136),
+    Shape("d64 e256 deg 4", t=300, d=64, e=256, deg=4, gates="mild"),
+    Shape("d256 deg 3", t=300, d=256, e=256, deg=3, normalize=False, scale=-0.05),
+    Shape("d256 deg 1", t=300, d=256, e=256, deg=1, normalize=False, gates="mild"),
+    Shape("d256 not causal", t=300, t_kv=777, causal=False, d=256, e=256, h_q=4, h_kv=2),
+    Shape("d256 more queries than keys", t=500, t_kv=100, causal=False, d=256, e=200),
+    Shape("d256 no keys", t=50, t_kv=0, causal=False, d=256, e=256),
+    Shape("d256 no queries", t=0, t_kv=50, causal=False, d=256, e=256),
+    Shape("d256 2048", t=2048, d=256, e=256, h_q=3, h_kv=3),
+    Shape("f16 d256", t=600, d=256, e=256, dtype="float16", gates="mild"),
+    Shape("f16 d256 large", t=4096, d=256, e=256, dtype="float16", std=8.0, h_q=1, h_kv=1),
+    Shape("f16 d256 deg 4", t=300, d=256, e=256, dtype="float16", deg=4),
+    Shape("f16 d256 not causal", t=300, t_kv=500, d=256, e=256, dtype="float16", causal=False, h_q=4, h_kv=2),
 )
 FULL = (
     *SMALL,
@@ -92,6 +113,7 @@ FULL = (
     Shape("f16 deg 3", t=300, dtype="float16", deg=3, normalize=False, std=0.7),
     Shape("f16 gqa cross", t=300, t_kv=500, dtype="float16", causal=False, h_q=4, h_kv=2),
     Shape("many heads", b=4, t=130, h_q=64, h_kv=64),
+    *WIDE,
 )
 
 
@@ -207,6 +229,7 @@ def main() -> None:
     if options.repeat:
         ok = repeat(Shape("repeat", t=1000, h_q=4, h_kv=2, gates="mild"), options.repeat) and ok
         ok = repeat(Shape("repeat d128", t=777, d=128, e=128, b=2), options.repeat) and ok
+        ok = repeat(Shape("repeat d256", t=777, d=256, e=256, b=2), options.repeat) and ok
     print("all within bounds" if ok else "SOME FAILED")
     sys.exit(0 if ok else 1)
 

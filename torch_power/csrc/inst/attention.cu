@@ -2,6 +2,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+#include <type_traits>
+
 #include "../power/attention_call.h"
 
 namespace power::attention {
@@ -12,8 +15,8 @@ int32_t check(const PowerAttentionShape &s) {
     return power_fail(POWER_UNSUPPORTED, "dtype: the sm_90a attention form takes bfloat16 and float16");
   if (s.deg < 1 || s.deg > 4) return power_fail(POWER_UNSUPPORTED, "deg=%d: the sm_90a attention form takes 1 to 4", s.deg);
   if (s.normalize && s.deg % 2) return power_fail(POWER_INVALID, "deg=%d: normalize needs an even degree", s.deg);
-  if (s.d < 8 || s.d > 128 || s.d % 8 || s.e < 8 || s.e > 128 || s.e % 8)
-    return power_fail(POWER_UNSUPPORTED, "d=%lld, e=%lld: the sm_90a attention form takes multiples of 8 up to 128",
+  if (s.d < 8 || s.d > 256 || s.d % 8 || s.e < 8 || s.e > 256 || s.e % 8)
+    return power_fail(POWER_UNSUPPORTED, "d=%lld, e=%lld: the sm_90a attention form takes multiples of 8 up to 256",
                       static_cast<long long>(s.d), static_cast<long long>(s.e));
   if (s.h_kv < 1 || s.h_q % s.h_kv) return power_fail(POWER_INVALID, "h_q is not a multiple of h_kv");
   if (s.causal && s.t != s.t_kv) return power_fail(POWER_INVALID, "t and t_kv differ, and causal is set");
@@ -59,13 +62,15 @@ int32_t run(const PowerAttentionShape *shape, const PowerAttentionArrays *arrays
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
     return power_fail(POWER_DEVICE, "no CUDA device");
   const Call call = {s, x, static_cast<char *>(workspace), static_cast<cudaStream_t>(stream), multiprocessors};
-  const bool half = s.dtype == POWER_FLOAT16, wide = s.d > 64 || s.e > 64;
-  if (backward) {
-    if (half) return wide ? launch_backward<__half, 128>(call) : launch_backward<__half, 64>(call);
-    return wide ? launch_backward<__nv_bfloat16, 128>(call) : launch_backward<__nv_bfloat16, 64>(call);
-  }
-  if (half) return wide ? launch_forward<__half, 128>(call) : launch_forward<__half, 64>(call);
-  return wide ? launch_forward<__nv_bfloat16, 128>(call) : launch_forward<__nv_bfloat16, 64>(call);
+  const int64_t size = std::max(s.d, s.e);
+  const auto launch = [&](auto padded) {
+    constexpr int kD = decltype(padded)::value;
+    if (s.dtype == POWER_FLOAT16) return backward ? launch_backward<__half, kD>(call) : launch_forward<__half, kD>(call);
+    return backward ? launch_backward<__nv_bfloat16, kD>(call) : launch_forward<__nv_bfloat16, kD>(call);
+  };
+  if (size <= 64) return launch(std::integral_constant<int, 64>());
+  if (size <= 128) return launch(std::integral_constant<int, 128>());
+  return launch(std::integral_constant<int, 256>());
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 /* The attention form of power attention on sm_90a. Conventions: csrc/abi.h.
  *
- * Served: bfloat16 and float16; deg 1 to 4; d and e multiples of 8 up to 128; any t, and with causal = 0 any t_kv; gates with
+ * Served: bfloat16 and float16; deg 1 to 4; d and e multiples of 8 up to 256; any t, and with causal = 0 any t_kv; gates with
  * causal = 1; h_q any multiple of h_kv. `form` and `chunk_size` are not read; states (s0, z0, s, z and their gradients) must be
  * absent. The last axis of q, k, v, y, dy, dq, dk and dv must be contiguous, their other strides multiples of 8 elements and
  * their addresses of 16 bytes, as the copy engine asks. norm [b, t, h_q] is float32.

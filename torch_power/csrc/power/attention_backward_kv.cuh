@@ -21,10 +21,15 @@ namespace power::attention {
 /* d: stages  why
  *  64: 6     K and V stay in registers as A operands (kFragments), which halves what S and dP read from shared memory; with both
  *            operands there, that was the limit (57 % of the matrix units' time, and no better with 3 warpgroups)
- * 128: 3     dK and dV are 128 registers, so K and V cannot; 3 stages beside the two slots are all of shared memory */
+ * 128: 3     dK and dV are 128 registers, so K and V cannot; 3 stages beside the two slots are all of shared memory
+ * 256: 2     dK and dV of 64 keys are twice that: both warpgroups take the same 64 keys (kShared), each computes S and dP and sums
+ *            up half of the columns. K and V have one slot: correct first, not tuned */
 template <int kD>
 struct KvTiles {
-  static constexpr int kStages = kD == 64 ? 6 : 3;
+  static constexpr int kStages = kD == 64 ? 6 : kD == 128 ? 3 : 2;
+  static constexpr bool kShared = kD == 256;
+  static constexpr int kSeats = kShared ? 1 : 2, kTiles = kShared ? 1 : kBackwardGroups;  // slots of K and V; tiles of 64 keys in each
+  static constexpr int kKeys = kTiles * kRows, kColumns = kShared ? kD / kBackwardGroups : kD;  // of a block; of a warpgroup's sums
   static constexpr bool kFragments = kD == 64;
 };
 
@@ -37,13 +42,14 @@ template <typename T, int kD, bool kGates>
 struct BackwardKvSmem {
   using Record = std::conditional_t<kGates, GatedQueryRecord, QueryRecord>;
   static constexpr int kStages = KvTiles<kD>::kStages;
-  T k[2][kBackwardGroups][kRows * kD];
-  T v[2][kBackwardGroups][kRows * kD];
+  static constexpr int kSeats = KvTiles<kD>::kSeats, kTiles = KvTiles<kD>::kTiles;
+  T k[kSeats][kTiles][kRows * kD];
+  T v[kSeats][kTiles][kRows * kD];
   T q[kStages][kRows * kD];
   T dy[kStages][kRows * kD];
   Record records[kStages];
-  Dealer dealer;
-  Barrier kv_full[2][kBackwardGroups], gradient_full[2][kBackwardGroups], kv_empty[2][kBackwardGroups];
+  Dealer<kSeats> dealer;
+  Barrier kv_full[kSeats][kTiles], gradient_full[kSeats][kBackwardGroups], kv_empty[kSeats][kBackwardGroups];
   Barrier q_full[kStages], q_empty[kStages];
 };
 
@@ -51,15 +57,15 @@ template <typename T, int kD, bool kGates>
 __device__ __forceinline__ void backward_kv_produce(BackwardKvSmem<T, kD, kGates> &smem, const CUtensorMap *q_map, const CUtensorMap *k_map,
                                                     const CUtensorMap *v_map, const CUtensorMap *dy_map, const BackwardKvProblem &p) {
   using Record = typename BackwardKvSmem<T, kD, kGates>::Record;
-  constexpr int kStages = KvTiles<kD>::kStages, kBlockRows = kBackwardGroups * kRows;
+  constexpr int kStages = KvTiles<kD>::kStages, kBlockRows = KvTiles<kD>::kKeys;
   const int row_tiles = (p.t_q + kRows - 1) / kRows;
   const int heads = p.h_q / p.h_kv;
-  RingPosition<2> seat;
+  RingPosition<KvTiles<kD>::kSeats> seat;
   RingPosition<kStages> ring;
   for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance()) {
     const int first = item.tile * kBlockRows;
 #pragma unroll 1
-    for (int g = 0; g < kBackwardGroups; ++g) {
+    for (int g = 0; g < KvTiles<kD>::kTiles; ++g) {
       Barrier &full = smem.kv_full[seat.slot][g];
       if (first + g * kRows < p.t_kv) {
         full.expect(2 * kRows * kD * sizeof(T));
@@ -89,15 +95,17 @@ __device__ __forceinline__ void backward_kv_produce(BackwardKvSmem<T, kD, kGates
 template <typename T, int kD, bool kGates>
 __device__ __forceinline__ void backward_kv_store(BackwardKvSmem<T, kD, kGates> &smem, const CUtensorMap *dk_map,
                                                   const CUtensorMap *dv_map, const Problem &p) {
-  RingPosition<2> seat;
+  constexpr int kColumns = KvTiles<kD>::kColumns;
+  RingPosition<KvTiles<kD>::kSeats> seat;
   for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance())
 #pragma unroll 1
     for (int g = 0; g < kBackwardGroups; ++g) {
-      const int first = (item.tile * kBackwardGroups + g) * kRows;
+      const int tile = KvTiles<kD>::kShared ? 0 : g, column = KvTiles<kD>::kShared ? g * kColumns : 0;
+      const int first = item.tile * KvTiles<kD>::kKeys + tile * kRows;
       smem.gradient_full[seat.slot][g].wait(seat.parity);
       if (first < p.t_kv) {
-        store_tile_to_global<kD>(dk_map, smem.k[seat.slot][g], first, item.head, item.batch);
-        store_tile_to_global<kD>(dv_map, smem.v[seat.slot][g], first, item.head, item.batch);
+        store_tile_to_global<kColumns>(dk_map, smem.k[seat.slot][tile] + column * kRows, first, item.head, item.batch, column);
+        store_tile_to_global<kColumns>(dv_map, smem.v[seat.slot][tile] + column * kRows, first, item.head, item.batch, column);
         bulk_commit();
         bulk_wait_read<0>();
       }
@@ -197,27 +205,28 @@ __device__ __forceinline__ void differentiate_columns(const float (&score)[kRows
 
 template <typename T, int kD, int kDeg, bool kGates>
 __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGates> &smem, const BackwardKvProblem &p, int group) {
-  constexpr int kStages = KvTiles<kD>::kStages, kBlockRows = kBackwardGroups * kRows;
+  constexpr int kStages = KvTiles<kD>::kStages, kBlockRows = KvTiles<kD>::kKeys, kColumns = KvTiles<kD>::kColumns;
   const Fragment at(threadIdx.x % kWarpgroup);
   const int row_tiles = (p.t_q + kRows - 1) / kRows;
   const int heads = p.h_q / p.h_kv;
-  RingPosition<2> seat;
+  RingPosition<KvTiles<kD>::kSeats> seat;
   RingPosition<kStages> ring;
   for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance()) {
-    const int first = item.tile * kBlockRows + group * kRows;
+    const int tile = KvTiles<kD>::kShared ? 0 : group, first = item.tile * kBlockRows + tile * kRows;
     const bool real = first < p.t_kv;
     const int from = p.causal ? item.tile * kBlockRows / kRows : 0;
-    const uint32_t k_smem = smem_address(smem.k[seat.slot][group]), v_smem = smem_address(smem.v[seat.slot][group]);
-    const GateRecord *records = p.gates + int64_t(item.batch * p.h_kv + item.head) * (((p.t_kv + kGateBlock - 1) / kGateBlock) * 2);
+    const uint32_t k_smem = smem_address(smem.k[seat.slot][tile]), v_smem = smem_address(smem.v[seat.slot][tile]);
+    const uint32_t half = (group - tile) * kColumns * kRows * sizeof(T);  // where this warpgroup's columns begin in a tile
+    const GateRecord *records = p.gates_of(item.batch, item.head);
     const GateRecord *key_record = records + first / kRows;
     const Packing packing = choose_packing<T, kD, kDeg>(p, item.batch, item.head);
-    if (real) smem.kv_full[seat.slot][group].wait(seat.parity);
+    if (real) smem.kv_full[seat.slot][tile].wait(seat.parity);
 
     uint32_t k_fragments[kD / 16][4], v_fragments[kD / 16][4];
     if constexpr (KvTiles<kD>::kFragments) load_fragments<kD>(k_fragments, k_smem, at), load_fragments<kD>(v_fragments, v_smem, at);
-    float dk[kD / 2], dv[kD / 2], column_sum[2] = {0.f, 0.f};
+    float dk[kColumns / 2], dv[kColumns / 2], column_sum[2] = {0.f, 0.f};
 #pragma unroll
-    for (int i = 0; i < kD / 2; ++i) dk[i] = dv[i] = 0.f;
+    for (int i = 0; i < kColumns / 2; ++i) dk[i] = dv[i] = 0.f;
     int previous = -1;
 #pragma unroll 1
     for (int head = 0; head < heads; ++head) {
@@ -260,8 +269,8 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGates
         pin(dk);
         pin(dv);
         wgmma_fence();
-        accumulate<T, kD, kRows>(dv, weight, dy_smem);
-        accumulate<T, kD, kRows>(dk, dscore, q_smem);
+        accumulate<T, kColumns, kRows>(dv, weight, dy_smem + half);
+        accumulate<T, kColumns, kRows>(dk, dscore, q_smem + half);
         wgmma_commit();
         previous = ring.slot;
       }
@@ -281,12 +290,14 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGates
       for (int r = 0; r < 2; ++r) {
         const int key = first + at.row + 8 * r;
         const float sum = sum_of_quad(column_sum[r]) * plain;
-        if (at.quad == 0 && key < p.t_kv) p.column_sum[int64_t(item.batch * p.h_kv + item.head) * p.t_kv + key] = sum;
+        if (at.quad == 0 && group == tile && key < p.t_kv) p.column_sum[int64_t(item.batch * p.h_kv + item.head) * p.t_kv + key] = sum;
       }
     }
-    warpgroup_sync(group);  // no warp still multiplies with the k and v that their gradients replace
-    store_tile<T, kD>(k_smem, dk, at, {dk_factor, dk_factor});
-    store_tile<T, kD>(v_smem, dv, at, {dv_factor, dv_factor});
+    // No warp still multiplies with the k and v that their gradients replace.
+    if constexpr (KvTiles<kD>::kShared) named_barrier_sync(CONSUMERS, kBackwardGroups * kWarpgroup);
+    else warpgroup_sync(group);
+    store_tile<T, kColumns>(k_smem + half, dk, at, {dk_factor, dk_factor});
+    store_tile<T, kColumns>(v_smem + half, dv, at, {dv_factor, dv_factor});
     fence_proxy_async();
     smem.gradient_full[seat.slot][group].release();
   }
@@ -302,12 +313,11 @@ __global__ void __launch_bounds__((kBackwardGroups + 1) * kWarpgroup, 1)
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto &smem = *reinterpret_cast<BackwardKvSmem<T, kD, kGates> *>(smem_bytes);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < 2 * kBackwardGroups; ++s) {
-      (&smem.kv_full[0][0])[s].init(1), (&smem.kv_empty[0][0])[s].init(1);
-      (&smem.gradient_full[0][0])[s].init(4);
-    }
+    for (int s = 0; s < Tiles::kSeats * Tiles::kTiles; ++s) (&smem.kv_full[0][0])[s].init(1);
+    for (int s = 0; s < Tiles::kSeats * kBackwardGroups; ++s)
+      (&smem.kv_empty[0][0])[s].init(1), (&smem.gradient_full[0][0])[s].init_released(4);
     for (int s = 0; s < Tiles::kStages; ++s)
-      smem.q_full[s].init(1), smem.q_empty[s].init(4 * kBackwardGroups);
+      smem.q_full[s].init(1), smem.q_empty[s].init_released(4 * kBackwardGroups);
     smem.dealer.init();
     mbarrier_init_fence();
   }

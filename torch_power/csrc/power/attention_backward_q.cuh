@@ -20,10 +20,12 @@ namespace power::attention {
  *  64: 128   4       S, dP, dQ, dS are 64 + 64 + 32 + 32 registers: fits 240; wider products load less from shared memory
  *  64: 64    8       with gates, whose factors need the registers
  * 128: 64    3       dQ is 64 registers already; 3 stages beside the two slots are all of shared memory. Q and dY stay in registers
- *                    as A operands (kFragments): products of 64 columns with both operands in shared memory are bound by it */
+ *                    as A operands (kFragments): products of 64 columns with both operands in shared memory are bound by it
+ * 256: 64    1       dQ is 128 registers; Q and dY have one slot. A stage is free once its product has ended: correct first, not tuned */
 template <int kD, bool kGates>
 struct BackwardQTiles {
-  static constexpr int kKeys = kD == 64 && !kGates ? 128 : 64, kStages = kD == 64 ? (kGates ? 8 : 4) : 3;
+  static constexpr int kKeys = kD == 64 && !kGates ? 128 : 64, kStages = kD == 64 ? (kGates ? 8 : 4) : kD == 128 ? 3 : 1;
+  static constexpr int kSeats = kD == 256 ? 1 : 2;  // slots of q and dy
   static constexpr bool kFragments = kD == 128 && !kGates;
 };
 constexpr int kBackwardGroups = 2;
@@ -40,13 +42,14 @@ struct BackwardQProblem : Problem {
 template <typename T, int kD, bool kGates>
 struct BackwardQSmem {
   static constexpr int kKeys = BackwardQTiles<kD, kGates>::kKeys, kStages = BackwardQTiles<kD, kGates>::kStages;
-  T q[2][kBackwardGroups][kRows * kD];
-  T dy[2][kBackwardGroups][kRows * kD];
+  static constexpr int kSeats = BackwardQTiles<kD, kGates>::kSeats;
+  T q[kSeats][kBackwardGroups][kRows * kD];
+  T dy[kSeats][kBackwardGroups][kRows * kD];
   T k[kStages][kKeys * kD];
   T v[kStages][kKeys * kD];
   GateRecord gates[kGates ? kStages : 1][kKeys / kRows];
-  Dealer dealer;
-  Barrier q_full[2][kBackwardGroups], dq_full[2][kBackwardGroups], q_empty[2][kBackwardGroups];
+  Dealer<kSeats> dealer;
+  Barrier q_full[kSeats][kBackwardGroups], dq_full[kSeats][kBackwardGroups], q_empty[kSeats][kBackwardGroups];
   Barrier kv_full[kStages], kv_empty[kStages];
 };
 
@@ -56,7 +59,7 @@ __device__ __forceinline__ void backward_q_produce(BackwardQSmem<T, kD, kGates> 
   constexpr int kKeys = BackwardQTiles<kD, kGates>::kKeys, kStages = BackwardQTiles<kD, kGates>::kStages;
   constexpr int kBlockRows = kBackwardGroups * kRows;
   constexpr uint32_t kTileBytes = 2 * kKeys * kD * sizeof(T), kGateBytes = sizeof(smem.gates[0]);
-  RingPosition<2> seat;
+  RingPosition<BackwardQTiles<kD, kGates>::kSeats> seat;
   RingPosition<kStages> ring;
   for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance()) {
     const int head_kv = item.head / (p.h_q / p.h_kv), first = item.tile * kBlockRows;
@@ -72,7 +75,7 @@ __device__ __forceinline__ void backward_q_produce(BackwardQSmem<T, kD, kGates> 
       }
     }
     const int seen = tiles_seen(p, first, min(kBlockRows, p.t_q - first), kKeys);
-    const GateRecord *gates = p.gates + int64_t(item.batch * p.h_kv + head_kv) * (((p.t_kv + kGateBlock - 1) / kGateBlock) * 2);
+    const GateRecord *gates = p.gates_of(item.batch, head_kv);
 #pragma unroll 1
     for (int n = 0; n < seen; ++n, ring.advance()) {
       Barrier &full = smem.kv_full[ring.slot];
@@ -88,7 +91,7 @@ __device__ __forceinline__ void backward_q_produce(BackwardQSmem<T, kD, kGates> 
 /* The storing thread: results leave through the slots of the tiles they replace, which are free again once they have been read. */
 template <typename T, int kD, bool kGates>
 __device__ __forceinline__ void backward_q_store(BackwardQSmem<T, kD, kGates> &smem, const CUtensorMap *dq_map, const Problem &p) {
-  RingPosition<2> seat;
+  RingPosition<BackwardQTiles<kD, kGates>::kSeats> seat;
   for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance())
 #pragma unroll 1
     for (int g = 0; g < kBackwardGroups; ++g) {
@@ -199,7 +202,7 @@ __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGates> 
   using Record = std::conditional_t<kGates, GatedQueryRecord, QueryRecord>;
   const Fragment at(threadIdx.x % kWarpgroup);
   const int row_tiles = (p.t_q + kRows - 1) / kRows;
-  RingPosition<2> seat;
+  RingPosition<BackwardQTiles<kD, kGates>::kSeats> seat;
   RingPosition<kStages> ring;
   for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance()) {
     const int head_kv = item.head / (p.h_q / p.h_kv), first = item.tile * kBlockRows + group * kRows;
@@ -210,7 +213,7 @@ __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGates> 
       const HalfRow<T, kD> y(p, item, row, at.thread);
       const float norm = row < p.t_q ? p.norm[item.batch * p.norm_stride[0] + row * p.norm_stride[1] + item.head * p.norm_stride[2]] : 0.f;
       const float head_factor = head_scale<T, kDeg>(p, item.batch, head_kv);
-      const GateRecord *records = p.gates + int64_t(item.batch * p.h_kv + head_kv) * (((p.t_kv + kGateBlock - 1) / kGateBlock) * 2);
+      const GateRecord *records = p.gates_of(item.batch, head_kv);
       QueryGates gates;
       if constexpr (kGates) gates.load(records[first / kRows], at);
 
@@ -278,7 +281,7 @@ __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGates> 
         pin(score);
         pin(dweight);
         pin(dq);
-        if (n) smem.kv_empty[previous].release();
+        if (kStages > 1 && n) smem.kv_empty[previous].release();
         const GateRecord *key_gates = smem.gates[kGates ? ring.slot : 0];
         const int last_column = p.causal ? first - n * kKeys + at.row : p.t_kv;
         const bool edge = p.causal && (n + 1) * kKeys > (kGates ? first / kGateBlock * kGateBlock : first);
@@ -304,11 +307,16 @@ __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGates> 
         wgmma_fence();
         accumulate<T, kD, kKeys>(dq, dscore, k_smem);
         wgmma_commit();
+        if constexpr (kStages == 1) {
+          wgmma_wait<0>();
+          pin(dq);
+          smem.kv_empty[0].release();
+        }
         previous = ring.slot;
       }
       wgmma_wait<0>();
       pin(dq);
-      if (mine) smem.kv_empty[previous].release();
+      if (kStages > 1 && mine) smem.kv_empty[previous].release();
 
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -345,12 +353,12 @@ __global__ void __launch_bounds__((kBackwardGroups + 1) * kWarpgroup, 1)
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto &smem = *reinterpret_cast<BackwardQSmem<T, kD, kGates> *>(smem_bytes);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < 2 * kBackwardGroups; ++s) {
+    for (int s = 0; s < BackwardQTiles<kD, kGates>::kSeats * kBackwardGroups; ++s) {
       (&smem.q_full[0][0])[s].init(1), (&smem.q_empty[0][0])[s].init(1);
-      (&smem.dq_full[0][0])[s].init(4);
+      (&smem.dq_full[0][0])[s].init_released(4);
     }
     for (int s = 0; s < BackwardQTiles<kD, kGates>::kStages; ++s)
-      smem.kv_full[s].init(1), smem.kv_empty[s].init(4 * kBackwardGroups);
+      smem.kv_full[s].init(1), smem.kv_empty[s].init_released(4 * kBackwardGroups);
     smem.dealer.init();
     mbarrier_init_fence();
   }

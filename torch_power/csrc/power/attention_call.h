@@ -19,7 +19,7 @@ struct Call {
 
 int64_t workspace_bytes(const PowerAttentionShape &shape, bool backward);
 
-/* T is __nv_bfloat16 or __half, kD the size of 64 or 128 that d and e are filled up to. */
+/* T is __nv_bfloat16 or __half, kD the size of 64, 128 or 256 that d and e are filled up to. */
 template <typename T, int kD>
 int32_t launch_forward(const Call &call);
 template <typename T, int kD>

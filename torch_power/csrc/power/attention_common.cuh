@@ -91,9 +91,13 @@ struct Problem {
   float scale_p;    // scale^p, for normalize = 0
   Deck deck;
   const GateRecord *gates;                           // [b, h_kv, blocks of 64]; null without gates
+  int gate_records;                                  // of a head: those of whole blocks of 128
   const float *q_max, *k_max, *v_max, *dy_max;       // float16: largest row norm of a head [b, h]; else null
   float *norm;
   int64_t norm_stride[3];
+  __device__ __forceinline__ const GateRecord *gates_of(int batch, int head_kv) const {
+    return gates + int64_t(batch * h_kv + head_kv) * gate_records;
+  }
 };
 
 /* The tile of 64·groups rows that a persistent block works on; tile < 0: there are no more. */
@@ -106,33 +110,37 @@ struct Barrier {
   uint64_t word;
   __device__ __forceinline__ uint32_t address() const { return smem_address(&word); }
   __device__ __forceinline__ void init(int arrivals) { mbarrier_init(address(), arrivals); }
+  __device__ __forceinline__ void init_released(int warps) { init(warps * ARRIVALS_A_WARP); }  // by `release`
   __device__ __forceinline__ void expect(uint32_t bytes) { mbarrier_expect(address(), bytes); }
   __device__ __forceinline__ void wait(uint32_t parity) const { mbarrier_wait(address(), parity); }
   __device__ __forceinline__ void arrive() { mbarrier_arrive(address()); }
   /* A stage is released by each warp of each consumer warpgroup: a warp's wait covers its own quarter of a product only. */
   __device__ __forceinline__ void release() {
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) arrive();
+    if (ARRIVALS_A_WARP == 32 || (threadIdx.x & 31) == 0) arrive();
   }
 };
 
-/* How one thread deals items to the loading and storing threads and the consumers, up to two ahead: an entry for each slot of resident
- * tiles.
+/* How one thread deals items to the loading and storing threads and the consumers, up to kSeats ahead: an entry for each slot of
+ * resident tiles.
  * An item goes to whichever block is free. (Dealing a fixed list round by round left blocks idle: groups and rounds do not divide
  * each other.) Which block computes a tile changes nothing in the result. */
+template <int kSeats>
 struct Dealer {
-  Item item[2];
-  Barrier dealt[2];
-  __device__ void init() { dealt[0].init(1), dealt[1].init(1); }
-  __device__ Item receive(const RingPosition<2> &seat) const {
+  Item item[kSeats];
+  Barrier dealt[kSeats];
+  __device__ void init() {
+    for (int seat = 0; seat < kSeats; ++seat) dealt[seat].init(1);
+  }
+  __device__ Item receive(const RingPosition<kSeats> &seat) const {
     dealt[seat.slot].wait(seat.parity);
     const volatile Item &x = item[seat.slot];
     return {x.head, x.batch, x.tile};
   }
   /* The dealing thread: draws items and announces each once all consumer warpgroups have `left` its slot, until there are none. */
   template <int kGroups>
-  __device__ void deal(Barrier (&left)[2][kGroups], const Deck &deck) {
-    RingPosition<2> seat;
+  __device__ void deal(Barrier (&left)[kSeats][kGroups], const Deck &deck) {
+    RingPosition<kSeats> seat;
     for (int index = blockIdx.x, next;; index = next, seat.advance()) {
       next = gridDim.x + atomicAdd(deck.dealt, 1);  // long before it is needed
       const int group = deck.by_group.divide(index), rest = index - group * int(deck.by_group.divisor);
@@ -336,12 +344,12 @@ __device__ __forceinline__ void load_tile(void *tile, const CUtensorMap *map, in
     tma_load_4d(smem_address(tile) + slab * rows * 128, map, slab * kSlabColumns, head, t, batch, full.address());
 }
 
-/* Stores a warpgroup's 64-row tile; rows and columns past the array's end are not written. */
+/* Stores a warpgroup's 64-row tile to columns from `column` on; rows and columns past the array's end are not written. */
 template <int kD>
-__device__ __forceinline__ void store_tile_to_global(const CUtensorMap *map, const void *tile, int t, int head, int batch) {
+__device__ __forceinline__ void store_tile_to_global(const CUtensorMap *map, const void *tile, int t, int head, int batch, int column = 0) {
 #pragma unroll
   for (int slab = 0; slab < kD / kSlabColumns; ++slab)
-    tma_store_4d(map, slab * kSlabColumns, head, t, batch, smem_address(tile) + slab * kRows * 128);
+    tma_store_4d(map, column + slab * kSlabColumns, head, t, batch, smem_address(tile) + slab * kRows * 128);
 }
 
 }  // namespace power::attention

@@ -18,10 +18,12 @@ namespace power::attention {
 /* d: groups  stages  why
  *  64: 3     4       3 warpgroups beat 2 by 5–10 % (695 TFLOP/s at t = 16384); 160 registers hold S (64), O (32), w (32)
  *      2     4       with gates or float16, whose factors need the registers, and for degree 1, whose weights share none with S
- * 128: 2     2       O is 64 registers, so 232 a thread; 2 stages of 64 KiB is what fits */
+ * 128: 2     2       O is 64 registers, so 232 a thread; 2 stages of 64 KiB is what fits
+ * 256: 2     1       O is 128 registers; K and V take 64 KiB each, Q as much, and so has one slot: correct first, not tuned */
 template <typename T, int kD, int kDeg, bool kGates>
 struct ForwardTiles {
-  static constexpr int kGroups = kD == 64 && kDeg > 1 && !kGates && !is_half<T> ? 3 : 2, kStages = kD == 64 ? 4 : 2;
+  static constexpr int kGroups = kD == 64 && kDeg > 1 && !kGates && !is_half<T> ? 3 : 2, kStages = kD == 64 ? 4 : kD == 128 ? 2 : 1;
+  static constexpr int kSeats = kD == 256 ? 1 : 2;  // slots of q
   static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 40, kConsumerRegisters = kGroups == 3 ? 160 : 232;
 };
 constexpr int kForwardKeys = 128;
@@ -29,13 +31,14 @@ constexpr int kForwardKeys = 128;
 template <typename T, int kD, int kDeg, bool kGates>
 struct ForwardSmem {
   static constexpr int kGroups = ForwardTiles<T, kD, kDeg, kGates>::kGroups, kStages = ForwardTiles<T, kD, kDeg, kGates>::kStages;
-  T q[2][kGroups][kRows * kD];
+  static constexpr int kSeats = ForwardTiles<T, kD, kDeg, kGates>::kSeats;
+  T q[kSeats][kGroups][kRows * kD];
   T k[kStages][kForwardKeys * kD];
   T v[kStages][kForwardKeys * kD];
   GateRecord gates[kGates ? kStages : 1][kForwardKeys / kRows];
   float row_scale[kGroups][kRows];
-  Dealer dealer;
-  Barrier q_full[2][kGroups], y_full[2][kGroups], q_empty[2][kGroups];
+  Dealer<kSeats> dealer;
+  Barrier q_full[kSeats][kGroups], y_full[kSeats][kGroups], q_empty[kSeats][kGroups];
   Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
 
@@ -51,7 +54,7 @@ __device__ __forceinline__ void forward_produce(ForwardSmem<T, kD, kDeg, kGates>
   using Tiles = ForwardTiles<T, kD, kDeg, kGates>;
   constexpr int kGroups = Tiles::kGroups, kStages = Tiles::kStages, kBlockRows = kGroups * kRows;
   constexpr uint32_t kTileBytes = kForwardKeys * kD * sizeof(T), kGateBytes = sizeof(smem.gates[0]);
-  RingPosition<2> seat;
+  RingPosition<Tiles::kSeats> seat;
   RingPosition<kStages> ring;
   for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance()) {
     const int head_kv = item.head / (p.h_q / p.h_kv), first = item.tile * kBlockRows;
@@ -66,7 +69,7 @@ __device__ __forceinline__ void forward_produce(ForwardSmem<T, kD, kDeg, kGates>
       }
     }
     const int seen = tiles_seen(p, first, min(kBlockRows, p.t_q - first), kForwardKeys);
-    const GateRecord *gates = p.gates + int64_t(item.batch * p.h_kv + head_kv) * (((p.t_kv + kGateBlock - 1) / kGateBlock) * 2);
+    const GateRecord *gates = p.gates_of(item.batch, head_kv);
 #pragma unroll 1
     for (int n = 0; n < seen; ++n, ring.advance()) {
       const int s = ring.slot;
@@ -85,7 +88,7 @@ __device__ __forceinline__ void forward_produce(ForwardSmem<T, kD, kDeg, kGates>
 /* The storing thread: results leave through the slots of the tiles they replace, which are free again once they have been read. */
 template <typename T, int kD, int kDeg, bool kGates>
 __device__ __forceinline__ void forward_store(ForwardSmem<T, kD, kDeg, kGates> &smem, const CUtensorMap *y_map, const Problem &p) {
-  RingPosition<2> seat;
+  RingPosition<ForwardTiles<T, kD, kDeg, kGates>::kSeats> seat;
   for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance())
 #pragma unroll 1
     for (int g = 0; g < ForwardTiles<T, kD, kDeg, kGates>::kGroups; ++g) {
@@ -162,7 +165,7 @@ __device__ __forceinline__ void forward_consume(ForwardSmem<T, kD, kDeg, kGates>
   using Tiles = ForwardTiles<T, kD, kDeg, kGates>;
   constexpr int kGroups = Tiles::kGroups, kStages = Tiles::kStages, kBlockRows = kGroups * kRows;
   const Fragment at(threadIdx.x % kWarpgroup);
-  RingPosition<2> seat;
+  RingPosition<Tiles::kSeats> seat;
   RingPosition<kStages> ring;
   for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance()) {
     const int head_kv = item.head / (p.h_q / p.h_kv), first = item.tile * kBlockRows + group * kRows;
@@ -171,7 +174,7 @@ __device__ __forceinline__ void forward_consume(ForwardSmem<T, kD, kDeg, kGates>
     if (first < p.t_q) {
       const uint32_t q_smem = smem_address(smem.q[seat.slot][group]);
       const float head_factor = head_scale<T, kDeg>(p, item.batch, head_kv);
-      const GateRecord *records = p.gates + int64_t(item.batch * p.h_kv + head_kv) * (((p.t_kv + kGateBlock - 1) / kGateBlock) * 2);
+      const GateRecord *records = p.gates_of(item.batch, head_kv);
       QueryGates gates;
       if constexpr (kGates) gates.load(records[first / kRows], at);
 
@@ -210,7 +213,12 @@ __device__ __forceinline__ void forward_consume(ForwardSmem<T, kD, kDeg, kGates>
 #pragma unroll 1
       for (int n = 0; n < mine - 1; ++n, ring.advance()) {
         smem.k_full[ring.slot].wait(ring.parity);
-        attend(whole, std::false_type(), 0, 0, n > 0);
+        if constexpr (kD == 256) {  // O leaves registers for 64 keys at a time
+          attend(half, std::false_type(), 0, 0, n > 0);
+          attend(half, std::false_type(), kRows, 0, false);
+        } else {
+          attend(whole, std::false_type(), 0, 0, n > 0);
+        }
         if constexpr (kGates) smem.k_empty[ring.slot].release();  // the gates lie in the same stage
       }
       wgmma_wait<0>();
@@ -225,7 +233,8 @@ __device__ __forceinline__ void forward_consume(ForwardSmem<T, kD, kDeg, kGates>
         };
         const int from = first % kForwardKeys;
         if (!p.causal) {
-          finish(whole, std::true_type(), 0, p.t_kv);
+          if constexpr (kD == 256) finish(half, std::true_type(), 0, p.t_kv), finish(half, std::true_type(), kRows, p.t_kv);
+          else finish(whole, std::true_type(), 0, p.t_kv);
         } else {
           if (from) finish(half, std::bool_constant<kGates>(), 0, kForwardKeys);
           finish(half, std::true_type(), from, at.row);
@@ -268,10 +277,10 @@ __global__ void __launch_bounds__((ForwardTiles<T, kD, kDeg, kGates>::kGroups + 
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto &smem = *reinterpret_cast<ForwardSmem<T, kD, kDeg, kGates> *>(smem_bytes);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < 2 * Tiles::kGroups; ++s) (&smem.q_full[0][0])[s].init(1), (&smem.q_empty[0][0])[s].init(1), (&smem.y_full[0][0])[s].init(4);
+    for (int s = 0; s < Tiles::kSeats * Tiles::kGroups; ++s) (&smem.q_full[0][0])[s].init(1), (&smem.q_empty[0][0])[s].init(1), (&smem.y_full[0][0])[s].init_released(4);
     for (int s = 0; s < Tiles::kStages; ++s) {
-      smem.k_full[s].init(1), smem.k_empty[s].init(4 * Tiles::kGroups);
-      smem.v_full[s].init(1), smem.v_empty[s].init(4 * Tiles::kGroups);
+      smem.k_full[s].init(1), smem.k_empty[s].init_released(4 * Tiles::kGroups);
+      smem.v_full[s].init(1), smem.v_empty[s].init_released(4 * Tiles::kGroups);
     }
     smem.dealer.init();
     mbarrier_init_fence();

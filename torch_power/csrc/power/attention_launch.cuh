@@ -12,6 +12,16 @@
 
 namespace power::attention {
 
+/* Heads of more than 128 are served by the kernels with gates alone, which spares half of the instances; without log_g all gates are 1,
+ * for queries as for keys. */
+constexpr bool always_gated(int d) { return d > 128; }
+
+/* Gate records of a head: two for every block of 128 tokens. */
+inline int64_t gate_records(const PowerAttentionShape &s) {
+  const int64_t tokens = always_gated(int(std::max(s.d, s.e))) ? std::max(s.t, s.t_kv) : s.t_kv;
+  return (tokens + kGateBlock - 1) / kGateBlock * 2;
+}
+
 /* Scratch of one call, carved from the caller's workspace: byte offsets, each a multiple of 256. */
 struct Workspace {
   int64_t counters, gates, maxima, records, row_sum, column_sum, bytes;
@@ -22,9 +32,9 @@ struct Workspace {
       at += (size + 255) / 256 * 256;
       return offset;
     };
-    const int64_t blocks = (s.t_kv + kGateBlock - 1) / kGateBlock, row_tiles = (s.t + kRows - 1) / kRows;
+    const int64_t row_tiles = (s.t + kRows - 1) / kRows;
     counters = take(2 * sizeof(int));
-    gates = take(s.b * s.h_kv * blocks * 2 * int64_t(sizeof(GateRecord)));
+    gates = take(s.b * s.h_kv * gate_records(s) * int64_t(sizeof(GateRecord)));
     maxima = take(2 * s.b * (s.h_q + s.h_kv) * int64_t(sizeof(float)));
     records = take(backward ? s.b * s.h_q * row_tiles * int64_t(sizeof(GatedQueryRecord)) : 0);
     row_sum = take(backward ? s.b * s.h_q * s.t * int64_t(sizeof(float)) : 0);
@@ -86,7 +96,8 @@ inline Problem make_problem(const Call &call, const Workspace &at, bool half) {
   p.causal = s.causal, p.normalize = s.normalize;
   p.zero = s.scale == 0.0;
   p.scale_p = float(std::pow(s.scale, s.deg));
-  p.gates = call.gates() ? reinterpret_cast<const GateRecord *>(call.workspace + at.gates) : nullptr;
+  p.gates = reinterpret_cast<const GateRecord *>(call.workspace + at.gates);
+  p.gate_records = int(gate_records(s));
   if (half) {
     const float *maxima = reinterpret_cast<const float *>(call.workspace + at.maxima);
     p.k_max = maxima, p.v_max = p.k_max + s.b * s.h_kv, p.q_max = p.v_max + s.b * s.h_kv, p.dy_max = p.q_max + s.b * s.h_q;
@@ -100,10 +111,10 @@ inline Problem make_problem(const Call &call, const Workspace &at, bool half) {
 inline int32_t prepare(const Call &call, const Workspace &at, const Problem &p, bool half, bool backward) {
   const PowerAttentionShape &s = call.shape;
   cudaMemsetAsync(call.workspace + at.counters, 0, 2 * sizeof(int), call.stream);
-  if (call.gates() && s.t_kv > 0) {
+  if (p.gate_records && (call.gates() || always_gated(int(std::max(s.d, s.e))))) {
     const PowerArray &g = call.arrays.log_g;
     sum_gates_kernel<<<unsigned(s.b * s.h_kv), 256, 0, call.stream>>>(static_cast<const float *>(g.data), g.stride[0], g.stride[1],
-                                                                     g.stride[2], int(s.t_kv), int(s.h_kv), s.deg,
+                                                                     g.stride[2], int(s.t_kv), p.gate_records / 2, int(s.h_kv), s.deg,
                                                                      reinterpret_cast<GateRecord *>(call.workspace + at.gates));
   }
   if (half) {
@@ -124,10 +135,13 @@ inline int32_t prepare(const Call &call, const Workspace &at, const Problem &p, 
   return after_launch("power attention: preparation");
 }
 
-/* Calls f<deg, gates>() for the call's degree and gates. */
-template <typename F>
+/* Calls f(deg, gates) for the call's degree and gates. */
+template <int kD, typename F>
 int32_t with_degree_and_gates(const Call &call, F f) {
-  const auto degree = [&](auto deg) { return call.gates() ? f(deg, std::true_type()) : f(deg, std::false_type()); };
+  const auto degree = [&](auto deg) {
+    if constexpr (always_gated(kD)) return f(deg, std::true_type());
+    else return call.gates() ? f(deg, std::true_type()) : f(deg, std::false_type());
+  };
   switch (call.shape.deg) {
     case 1: return degree(std::integral_constant<int, 1>());
     case 2: return degree(std::integral_constant<int, 2>());
@@ -150,7 +164,7 @@ int32_t launch_forward(const Call &call) {
     ok = ok && make_map(&k_map, x.k, s.b, s.t_kv, s.h_kv, s.d, kForwardKeys, is_half<T>) &&
          make_map(&v_map, x.v, s.b, s.t_kv, s.h_kv, s.e, kForwardKeys, is_half<T>);
   if (!ok) return power_fail(POWER_INVALID, "power attention: an array's address or strides cannot be described to the copy engine");
-  return with_degree_and_gates(call, [&](auto deg, auto gates) {
+  return with_degree_and_gates<kD>(call, [&](auto deg, auto gates) {
     constexpr int kGroups = ForwardTiles<T, kD, deg, gates>::kGroups;
     p.deck = make_deck(call, at, 0, s.t, kGroups * kRows, s.h_q, s.causal);
     return launch_persistent<ForwardSmem<T, kD, deg, gates>>(call, "power attention: forward", forward_kernel<T, kD, deg, gates>,
@@ -174,7 +188,7 @@ int32_t launch_backward(const Call &call) {
   static_cast<Problem &>(kv) = p;
   constexpr int kRowsOfBlock = kBackwardGroups * kRows;
   p.deck = make_deck(call, at, 0, s.t, kRowsOfBlock, s.h_q, s.causal);
-  kv.deck = make_deck(call, at, 1, s.t_kv, kRowsOfBlock, s.h_kv, false);
+  kv.deck = make_deck(call, at, 1, s.t_kv, KvTiles<kD>::kKeys, s.h_kv, false);
   kv.records = p.records;
   kv.column_sum = reinterpret_cast<float *>(call.workspace + at.column_sum);
 
@@ -195,7 +209,7 @@ int32_t launch_backward(const Call &call) {
   if (s.t == 0) q = dy = k64;  // of no queries or no keys, nothing is read
   if (s.t_kv == 0) k = v = q;
 
-  const int32_t status = with_degree_and_gates(call, [&](auto deg, auto gates) {
+  const int32_t status = with_degree_and_gates<kD>(call, [&](auto deg, auto gates) {
     const int32_t first = launch_persistent<BackwardQSmem<T, kD, gates>>(
         call, "power attention: backward, queries", backward_q_kernel<T, kD, deg, gates>, p.deck.items, kThreads, q, k, v, dy, dq, p);
     if (first) return first;

@@ -21,13 +21,12 @@ __device__ __forceinline__ double sum_below(double x, double &total) {
 }
 
 /* The gate records of one head of log_g: 8 warps take a block of 128 tokens each, a lane 4 tokens, all sums in float64.
- * records [b, h_kv, 2 · blocks]; tokens past the end have no gate. */
+ * records [b, h_kv, 2 · blocks]; tokens past the end, and all without log_g, have no gate. */
 static __global__ void __launch_bounds__(256) sum_gates_kernel(const float *log_g, int64_t stride_b, int64_t stride_t, int64_t stride_h, int t,
-                                                        int heads, int deg, GateRecord *records) {
+                                                               int blocks, int heads, int deg, GateRecord *records) {
   __shared__ double totals[8];
   const int batch = blockIdx.x / heads, head = blockIdx.x % heads, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const int blocks = (t + kGateBlock - 1) / kGateBlock;
-  log_g += batch * stride_b + head * stride_h;
+  if (log_g) log_g += batch * stride_b + head * stride_h;
   records += int64_t(blockIdx.x) * blocks * 2;
   double carry = 0.0;
   for (int first = 0; first < blocks; first += 8) {
@@ -36,7 +35,7 @@ static __global__ void __launch_bounds__(256) sum_gates_kernel(const float *log_
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t token = int64_t(block) * kGateBlock + lane * 4 + i;
-      g[i] = sum += token < t ? log_g[token * stride_t] * (kLog2E / deg) : 0.0;
+      g[i] = sum += log_g && token < t ? log_g[token * stride_t] * (kLog2E / deg) : 0.0;
     }
     const double below = sum_below(sum, total);
     if (lane == 0) totals[warp] = total;

@@ -1,0 +1,3 @@
+#include "../power/attention_launch.cuh"
+
+template int32_t power::attention::launch_backward<__half, 256>(const power::attention::Call &);
