@@ -139,10 +139,9 @@ struct StageParams {
   __half *rows;         /* staged tiles, or null */
   __half *transposed;   /* weighted transposed tiles, or null */
   const float *weights; /* per head of x and token */
+  __half *moment_weights; /* with transposed, in token_order: the weights, or 0 for gradient_q_kernel to replace */
+  int moments_later;
   float *row_scale;     /* per head of x and token, or null: a further factor on the row; with Scaling::ROW, replaced by the whole factor */
-  const float *delta;   /* with row_values: per head of x and token, scaled by 2^(this array's exponent + that of v); null means zero */
-  __half *row_values;   /* −delta scaled, or null */
-  const unsigned *v_largest;
 };
 
 /* One tile: WIDTH padded columns, WIDTH / 8 neighbouring lanes to a row. */
@@ -175,26 +174,22 @@ __global__ void __launch_bounds__(STAGE_THREADS) stage_kernel(const __grid_const
 #pragma unroll
     for (int j = 0; j < 4; j++) *reinterpret_cast<uint32_t *>(tile_smem + row * PITCH + piece * 8 + 2 * j) = pairs[j];
   }
-  if (p.row_values != nullptr && threadIdx.x < TILE) {
-    const int64_t at = head * p.z.tokens + tile * TILE + threadIdx.x;
-    const float delta = p.delta == nullptr ? 0.f : p.delta[at] * power_of_two(scaling_exponent(p.v_largest[kv], V_RANGE));
-    p.row_values[at] = __float2half(-delta * head_factor);
-  }
   if (p.transposed == nullptr) return;
   __syncthreads();
   const float *weights = p.weights + head * p.z.tokens + tile * TILE;
+  if (threadIdx.x < TILE)
+    p.moment_weights[head * p.z.tokens + tile * TILE + threadIdx.x] = __float2half(p.moments_later ? 0.f : weights[token_at(threadIdx.x)]);
 #pragma unroll
   for (int i = threadIdx.x; i < TILE * PIECES; i += STAGE_THREADS) {
     const int row = i / 8, piece = i % 8; /* row of the transpose: a feature; piece: eight tokens; a warp writes whole rows */
     uint32_t pairs[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      const int token = piece * 8 + 2 * j;
+      const int token = token_at(piece * 8 + 2 * j);
       pairs[j] = Pair<__half>::pack(__half2float(tile_smem[token * PITCH + row]) * weights[token],
                                     __half2float(tile_smem[(token + 1) * PITCH + row]) * weights[token + 1]);
     }
-    *reinterpret_cast<uint4 *>(reinterpret_cast<char *>(p.transposed + out) + swizzled(row, piece)) =
-        make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    *reinterpret_cast<uint4 *>(p.transposed + out + i * 8) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   }
 }
 
