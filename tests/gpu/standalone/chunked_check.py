@@ -70,7 +70,9 @@ def check_case(lib, name, normalize=True, backward=True, **case):
         again()
         torch.cuda.synchronize()
         same = all(
-            torch.equal(x.view(torch.uint8), y.tensors[f"d{n}"].view(torch.uint8)) for n, x in first.items() for y in (bwd, again)
+            torch.equal(x.view(torch.uint8), y.tensors[f"d{n}"].view(torch.uint8))
+            for n, x in first.items()
+            for y in (bwd, again)
         )
         torch.autograd.backward(
             *zip(*((w, u.double()) for w, u in zip(want, upstream, strict=True) if u is not None), strict=True)

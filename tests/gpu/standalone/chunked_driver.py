@@ -84,9 +84,7 @@ def state_rows(d: int) -> int:
     return (d // 8) * (d // 8 + 1) // 2 * 64
 
 
-def forward(
-    lib, q, k, v, log_g=None, s0=None, z0=None, *, scale=None, normalize=True, return_state=True, saved=True
-) -> Runner:
+def forward(lib, q, k, v, log_g=None, s0=None, z0=None, *, scale=None, normalize=True, return_state=True, saved=True) -> Runner:
     def poisoned(*size, dtype=torch.float32):
         return torch.full(size, math.nan, dtype=dtype, device="cuda")
 

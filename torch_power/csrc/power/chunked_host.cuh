@@ -111,7 +111,7 @@ cudaError_t measure(const PowerAttentionShape &shape, const PowerAttentionArrays
   if (cudaError_t error = cudaMemsetAsync(x.maxima, 0, 4 * heads * sizeof(unsigned), stream)) return error;
   const MeasureParams params{z, make_view(a.k), make_view(a.v), make_view(a.log_g), static_cast<float *>(a.s0.data),
                              static_cast<float *>(a.z0.data), x.gates, x.forward_maxima(heads)};
-  measure_kernel<In><<<dim3(z.chunks, unsigned(heads)), MEASURE_THREADS, 0, stream>>>(params);
+  measure_kernel<In><<<dim3(z.chunks, unsigned(heads), z.chunk / MEASURE_ROWS), MEASURE_THREADS, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -1,7 +1,7 @@
 /* Before the matrix kernels: sum the gates, find each head's range, and write keys and values as scaled float16 tiles.
  *
- * measure_kernel   block (chunk, head): gate sums of the chunk; largest |k| and |v|, into `Maxima` by integer maximum (order-free, so
- *                  two runs agree).
+ * measure_kernel   block (chunk, head, part): largest |k| and |v| of MEASURE_ROWS rows, into `Maxima` by integer maximum (order-free, so two runs
+ *                  agree); the first part also sums the chunk's gates.
  * stage_kernel     block (tile, head): 64 rows of one array, scaled; optionally also transposed with a weight per token.
  * Both read each input once and are bound by device memory.
  */
@@ -10,28 +10,39 @@
 
 namespace power {
 
-constexpr int MEASURE_THREADS = 256, STAGE_THREADS = 256;
+constexpr int MEASURE_THREADS = 256, MEASURE_ROWS = 256, STAGE_THREADS = 256;
 
-/* Largest magnitude in rows [first, last) of one head, into *result. */
+/* The block's largest `x`, into *result. */
+__device__ inline void note_largest(float x, unsigned *result) {
+  __shared__ float warp_largest[MEASURE_THREADS / 32];
+  x = group_max<32>(x);
+  if ((threadIdx.x & 31) == 0) warp_largest[threadIdx.x / 32] = x;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int i = 1; i < MEASURE_THREADS / 32; i++) x = fmaxf(x, warp_largest[i]);
+    atomicMax(result, __float_as_uint(x));
+  }
+  __syncthreads();
+}
+
+/* Largest magnitude in rows [first, last) of one head, of this thread's share. */
 template <typename In>
-__device__ void measure_rows(const View &x, int64_t head_offset, int first, int last, int columns, unsigned *result) {
+__device__ float measure_rows(const View &x, int64_t head_offset, int first, int last, int columns) {
   const int pieces = columns / 8;
   float largest = 0.f;
-#pragma unroll 4
+#pragma unroll 8
   for (int i = threadIdx.x; i < (last - first) * pieces; i += MEASURE_THREADS) {
     const int row = i / pieces, piece = i - row * pieces;
     largest = fmaxf(largest, largest_of<In>(load_piece<In>(x, head_offset + (first + row) * x.time, piece * 8, columns)));
   }
-  largest = group_max<32>(largest);
-  if ((threadIdx.x & 31) == 0) atomicMax(result, __float_as_uint(largest));
+  return largest;
 }
 
 /* Largest magnitude of `count` floats, into *result. */
 __device__ inline void measure_floats(const float *x, int64_t count, int part, int parts, unsigned *result) {
   float largest = 0.f;
   for (int64_t i = int64_t(part) * blockDim.x + threadIdx.x; i < count; i += int64_t(parts) * blockDim.x) largest = fmaxf(largest, fabsf(x[i]));
-  largest = group_max<32>(largest);
-  if ((threadIdx.x & 31) == 0) atomicMax(result, __float_as_uint(largest));
+  note_largest(largest, result);
 }
 
 /* Gate sums of one chunk. A warp takes a tile: lane l the tokens 2l and 2l + 1. */
@@ -111,10 +122,13 @@ struct MeasureParams {
 template <typename In>
 __global__ void __launch_bounds__(MEASURE_THREADS) measure_kernel(const __grid_constant__ MeasureParams p) {
   const int chunk = blockIdx.x, head = blockIdx.y, batch = head / p.z.h_kv, kv_head = head % p.z.h_kv;
-  const int first = chunk * p.z.chunk, last = min(first + p.z.chunk, p.z.t);
+  const int first = min(chunk * p.z.chunk + int(blockIdx.z) * MEASURE_ROWS, p.z.t), last = min(first + MEASURE_ROWS, p.z.t);
+  const float k_largest = measure_rows<In>(p.k, batch * p.k.batch + kv_head * p.k.head, first, last, p.z.d);
+  const float v_largest = measure_rows<In>(p.v, batch * p.v.batch + kv_head * p.v.head, first, last, p.z.e);
+  note_largest(k_largest, p.maxima.k + head);
+  note_largest(v_largest, p.maxima.v + head);
+  if (blockIdx.z > 0) return;
   sum_gates(p.z, p.log_g, p.gates, batch, kv_head, chunk);
-  measure_rows<In>(p.k, batch * p.k.batch + kv_head * p.k.head, first, last, p.z.d, p.maxima.k + head);
-  measure_rows<In>(p.v, batch * p.v.batch + kv_head * p.v.head, first, last, p.z.e, p.maxima.v + head);
   const int64_t rows = int64_t(p.z.pairs) * 64;
   if (p.s0 != nullptr) measure_floats(p.s0 + head * rows * p.z.e, rows * p.z.e, chunk, gridDim.x, p.maxima.s + head);
   if (p.z0 != nullptr) measure_floats(p.z0 + head * rows, rows, chunk, gridDim.x, p.maxima.z + head);

@@ -8,11 +8,13 @@
  *   A (registers): yᵀ, loaded once a tile by a transposing ldmatrix, times x[·, 8J + β] · w token by token
  *   B (shared memory): columns 0 … 8J + 7 of the x tile, MN-major.
  * The last blocks keep the normaliser's moments Σ w x xᵀ instead, a warpgroup 64 rows of one head's.
+ * Two blocks of a head make a cluster: each loads half of an x and a y tile into both, which halves what L2 has to give.
  * Shared memory: a ring of [x rows | y rows | four weighted feature rows of x], in the last blocks [x rows and token weights of a head or two].
  * Cycles a 64-token tile at d = e = 64: products 288; shared memory 144 (B) + 128 (yᵀ twice) + 32 + 132 (arriving) = 436. (A = φ in registers and
  * B = y, the form before this one: 624 on 104 multiprocessors instead of 132.)
  */
 #pragma once
+#include "../sm90/cluster.cuh"
 #include "../sm90/wgmma_widths.cuh"
 #include "chunked_layout.cuh"
 
@@ -59,7 +61,7 @@ struct UpdateTiles {
   static constexpr int STAGE_BYTES = (D_TILES + E_TILES) * TILE_BYTES + 1024;
   static constexpr int STAGES = STAGE_BYTES > 32768 ? 5 : STAGE_BYTES > 24576 ? 7 : 8;
   static constexpr int SMEM_BYTES = 1024 + STAGES * STAGE_BYTES + Ring<STAGES>::BYTES;
-  static int blocks(int heads) { return heads * BLOCKS_A_HEAD + (heads + MOMENT_HEADS - 1) / MOMENT_HEADS; }
+  static int blocks(int heads) { return heads * BLOCKS_A_HEAD + (heads + 2 * MOMENT_HEADS - 1) / (2 * MOMENT_HEADS) * 2; }
 };
 
 /* Decay of a chunk, and the bound of what its tokens add (the same in every lane). */
@@ -74,8 +76,8 @@ __device__ __forceinline__ float2 chunk_factors(const UpdateParams &p, int head,
 
 /* The scan over chunks, the same for both kinds of block: `store(chunk, bound)` before a chunk, `decay(factor)` of the accumulators, `accumulate(slot,
  * undrained)` per tile, which releases the slot of the tile before when its products have ended. Returns the decay over all chunks. */
-template <int STAGES, class Store, class Decay, class Accumulate>
-__device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring<STAGES> &ring, int head, float bound, bool has_first, int lane,
+template <int STAGES, class Ring, class Store, class Decay, class Accumulate>
+__device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring &ring, int head, float bound, bool has_first, int lane,
                                              Store store, Decay decay, Accumulate accumulate) {
   RingPosition<STAGES> at;
   float total_decay = 1.f;
@@ -101,25 +103,35 @@ __device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring<S
   return total_decay;
 }
 
+/* A lane's copy of every tile: `source` + (tile of its head of x) · tile_bytes → slot + offset, in both blocks of the cluster if `to_both`. */
+struct TileCopy {
+  const void *source = nullptr;
+  int64_t tile_bytes = 0;
+  uint32_t offset = 0, bytes = 0;
+  bool to_both = false;
+};
+
 /* The loading warp. Every lane owns at most one copy a tile, its addresses worked out once: a single lane that issued them all took twice
- * as long as the products (NOTES, "Chunked CUDA"). A lane's source is `source` + (tile of its head of x) · tile_bytes. */
-template <class Ring, class Position>
-__device__ __forceinline__ void load_tiles(const UpdateParams &p, const Ring &ring, Position at, uint32_t stages_smem, int stage_bytes, int head,
-                                           const void *source, int64_t tile_bytes, uint32_t offset, uint32_t bytes) {
+ * as long as the products (NOTES, "Chunked CUDA"). */
+template <int STAGES, int STAGE_BYTES, class Ring>
+__device__ __forceinline__ void load_tiles(const UpdateParams &p, const Ring &ring, uint32_t stages_smem, int head, const TileCopy &copy) {
   const int lane = threadIdx.x & 31;
-  uint32_t total = bytes;
+  uint32_t total = copy.to_both ? 2 * copy.bytes : copy.bytes;
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) total += __shfl_xor_sync(~0u, total, distance);
+  RingPosition<STAGES> at;
   for (int step = 0; step < p.z.chunks; step++) {
     const int chunk = p.reverse ? p.z.chunks - 1 - step : step;
     for (int member = 0; member < p.group; member++) {
       const int64_t first_tile = int64_t(head * p.group + member) * p.z.tiles + chunk * p.z.chunk_tiles;
-      const char *from = static_cast<const char *>(source) + first_tile * tile_bytes;
+      const char *from = static_cast<const char *>(copy.source) + first_tile * copy.tile_bytes;
 #pragma unroll 1
-      for (int i = 0; i < p.z.chunk_tiles; i++, from += tile_bytes) {
+      for (int i = 0; i < p.z.chunk_tiles; i++, from += copy.tile_bytes) {
         if (lane == 0) ring.acquire(at, total);
         __syncwarp();
-        if (bytes > 0) bulk_load(stages_smem + at.slot * stage_bytes + offset, from, bytes, ring.full(at.slot));
+        const uint32_t to = stages_smem + at.slot * STAGE_BYTES + copy.offset;
+        if (copy.to_both) bulk_load_to_both(to, from, copy.bytes, ring.full(at.slot));
+        else if (copy.bytes > 0) bulk_load(to, from, copy.bytes, ring.full(at.slot));
         at.advance();
       }
     }
@@ -139,7 +151,7 @@ __device__ __forceinline__ void weigh_tokens(uint32_t (&a)[4][4], const uint32_t
 /* One warpgroup's slices of a head: columns of y from `y_tile` · 64 on, features 8 j_high + β and 8 j_low + β, β from `beta` on. A tile beyond the
  * head's features (j ≥ feature_tiles) is computed on zeros and not written. */
 template <int PADDED_D, int PADDED_E, int HIGH_COLUMNS, int LOW_COLUMNS>
-__device__ __forceinline__ void update_slices(const UpdateParams &p, const Ring<UpdateTiles<PADDED_D, PADDED_E>::STAGES> &ring, uint32_t stages_smem,
+__device__ __forceinline__ void update_slices(const UpdateParams &p, const PairRing<UpdateTiles<PADDED_D, PADDED_E>::STAGES> &ring, uint32_t stages_smem,
                                               int head, int j_high, int j_low, int beta, int first_beta, int y_tile, bool writes_units) {
   using T = UpdateTiles<PADDED_D, PADDED_E>;
   constexpr int BETAS = T::BETAS;
@@ -175,7 +187,7 @@ __device__ __forceinline__ void update_slices(const UpdateParams &p, const Ring<
   });
   const float first_bound = p.s_in == nullptr ? 0.f : __uint_as_float(p.maxima.s[head]) * in_factor * power_of_two(-p.state_bits);
 
-  scan_chunks(
+  scan_chunks<T::STAGES>(
       p, ring, head, first_bound, p.s_in != nullptr, lane.lane,
       [&](int chunk, float bound) {
         const int unit = state_unit(bound, p.state_bits);
@@ -282,7 +294,7 @@ __device__ __forceinline__ void update_moments(const UpdateParams &p, const Ring
     value *= in_factor;
   });
   const float first_bound = z_in == nullptr ? 0.f : __uint_as_float(p.maxima.z[head]) * in_factor * power_of_two(-p.moment_bits);
-  const float total_decay = scan_chunks(
+  const float total_decay = scan_chunks<T::STAGES>(
       p, ring, head, first_bound, z_in != nullptr, lane.lane,
       [&](int chunk, float bound) {
         pin(acc);
@@ -327,44 +339,50 @@ __device__ __forceinline__ void update_moments(const UpdateParams &p, const Ring
 }
 
 template <int PADDED_D, int PADDED_E>
-__global__ void __launch_bounds__(UPDATE_THREADS, 1) update_state_kernel(const __grid_constant__ UpdateParams p) {
+__global__ void __cluster_dims__(2) __launch_bounds__(UPDATE_THREADS, 1) update_state_kernel(const __grid_constant__ UpdateParams p) {
   using T = UpdateTiles<PADDED_D, PADDED_E>;
   constexpr uint32_t D_BYTES = T::D_TILES * TILE_BYTES, E_BYTES = T::E_TILES * TILE_BYTES, WEIGHTS_BYTES = TILE * 2;
   extern __shared__ uint8_t smem_raw[];
-  const uint32_t stages_smem = (smem_address(smem_raw) + 1023) & ~1023u;
-  const Ring<T::STAGES> ring{stages_smem + T::STAGES * T::STAGE_BYTES};
+  const uint32_t stages_smem = (smem_address(smem_raw) + 1023) & ~1023u, barriers = stages_smem + T::STAGES * T::STAGE_BYTES;
+  const Ring<T::STAGES> ring{barriers};
+  const PairRing<T::STAGES> pair_ring{{barriers}};
   const int group = threadIdx.x >> 7, lane = threadIdx.x & 31, heads = p.z.b * p.z.h_kv;
-  if (threadIdx.x == 0) {
-    ring.init(8);
-    mbarrier_init_fence();
-  }
-  __syncthreads();
-
   const int moment_block = int(blockIdx.x) - heads * T::BLOCKS_A_HEAD;
   const int set = blockIdx.x % T::BLOCKS_A_HEAD, j_high = T::FEATURE_TILES - 1 - set / 4, j_low = set / 4, first_beta = set % 4 * 2;
+  if (threadIdx.x == 0) {
+    if (moment_block < 0) pair_ring.init(8);
+    else ring.init(8);
+    mbarrier_init_fence();
+  }
+  cluster_sync();
+
   if (group == 2) {
     registers_lower<40>();
-    if (threadIdx.x >= 2 * 128 + 32) return;
-    if (moment_block < 0) {
-      const int j = lane == 2 ? j_high : j_low;
-      const void *source = lane == 0 ? p.rows : lane == 1 ? p.values : p.transposed + (8 * j + first_beta) * TILE;
-      const uint32_t offset = lane == 0 ? 0 : lane == 1 ? D_BYTES : D_BYTES + E_BYTES + (lane - 2) * T::WEIGHTED_BYTES;
-      const uint32_t bytes = lane == 0 ? D_BYTES : lane == 1 ? E_BYTES : lane < 4 ? T::WEIGHTED_BYTES : 0;
-      load_tiles(p, ring, RingPosition<T::STAGES>{}, stages_smem, T::STAGE_BYTES, blockIdx.x / T::BLOCKS_A_HEAD, source,
-                 lane == 1 ? E_BYTES : D_BYTES, offset, bytes);
-    } else {
-      const int member = lane / 2;
-      const bool weights = lane & 1;
-      const uint32_t bytes = member >= T::MOMENT_HEADS ? 0 : weights ? WEIGHTS_BYTES : D_BYTES;
-      load_tiles(p, ring, RingPosition<T::STAGES>{}, stages_smem, T::STAGE_BYTES, min(moment_block * T::MOMENT_HEADS + member, heads - 1),
-                 weights ? p.moment_weights : p.rows, weights ? WEIGHTS_BYTES : D_BYTES,
-                 weights ? T::MOMENT_HEADS * D_BYTES + member * WEIGHTS_BYTES : member * D_BYTES, bytes);
+    if (threadIdx.x < 2 * 128 + 32) {
+      TileCopy copy;
+      int head = blockIdx.x / T::BLOCKS_A_HEAD;
+      if (moment_block < 0) {
+        const uint32_t half = cluster_rank();
+        const auto feature_rows = [&](int j) { return p.transposed + (8 * j + first_beta) * TILE; };
+        if (lane == 0) copy = {p.rows + half * (D_BYTES / 4), D_BYTES, half * (D_BYTES / 2), D_BYTES / 2, true};
+        if (lane == 1) copy = {p.values + half * (E_BYTES / 4), E_BYTES, D_BYTES + half * (E_BYTES / 2), E_BYTES / 2, true};
+        if (lane == 2) copy = {feature_rows(j_high), D_BYTES, D_BYTES + E_BYTES, T::WEIGHTED_BYTES, false};
+        if (lane == 3) copy = {feature_rows(j_low), D_BYTES, D_BYTES + E_BYTES + T::WEIGHTED_BYTES, T::WEIGHTED_BYTES, false};
+        load_tiles<T::STAGES, T::STAGE_BYTES>(p, pair_ring, stages_smem, head, copy);
+      } else {
+        const uint32_t member = lane / 2;
+        head = min(moment_block * T::MOMENT_HEADS + int(member), heads - 1);
+        if (member < T::MOMENT_HEADS && lane % 2 == 0) copy = {p.rows, D_BYTES, member * D_BYTES, D_BYTES, false};
+        if (member < T::MOMENT_HEADS && lane % 2 == 1)
+          copy = {p.moment_weights, WEIGHTS_BYTES, T::MOMENT_HEADS * D_BYTES + member * WEIGHTS_BYTES, WEIGHTS_BYTES, false};
+        load_tiles<T::STAGES, T::STAGE_BYTES>(p, ring, stages_smem, head, copy);
+      }
     }
   } else {
     registers_raise<232>();
     if (moment_block < 0) {
       const int beta = T::E_TILES == 1 ? first_beta + group : first_beta, y_tile = T::E_TILES == 1 ? 0 : group;
-      dispatch_slices<PADDED_D, PADDED_E>(p, j_high, ring, stages_smem, blockIdx.x / T::BLOCKS_A_HEAD, j_high, j_low, beta, first_beta, y_tile,
+      dispatch_slices<PADDED_D, PADDED_E>(p, j_high, pair_ring, stages_smem, blockIdx.x / T::BLOCKS_A_HEAD, j_high, j_low, beta, first_beta, y_tile,
                                           set == 0 && group == 0);
     } else {
       const int member = T::MOMENT_HEADS == 1 ? 0 : group, head = moment_block * T::MOMENT_HEADS + member;
@@ -372,6 +390,7 @@ __global__ void __launch_bounds__(UPDATE_THREADS, 1) update_state_kernel(const _
                                          T::MOMENT_HEADS * D_BYTES + member * WEIGHTS_BYTES, head < heads);
     }
   }
+  cluster_sync();
 }
 
 }  // namespace power
