@@ -58,7 +58,7 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
     if (cudaError_t error = measure<In>(shape, a, z, x, stream)) return error;
   const PrepareBackwardParams prepare{z, make_view(a.q), make_view(a.y), make_view(a.dy), floats(a.norm), x.gates, w.rows, maxima, normalize,
                                       s0 != nullptr, score_exponent(z.padded_d), float(shape.scale * shape.scale)};
-  prepare_backward_kernel<In><<<dim3(z.tiles, unsigned(q_heads)), PREPARE_THREADS, 0, stream>>>(prepare);
+  prepare_backward_kernel<In><<<z.tiles * q_heads, PREPARE_THREADS, 0, stream>>>(prepare);
   if (cudaError_t error = cudaGetLastError()) return error;
   const StageParams stage_k{z, make_view(a.k), z.h_kv, z.d, maxima.k, K_RANGE, w.k, shape.saved ? nullptr : transposed, x.gates.chunk_decay,
                             w.moment_weights, 0, nullptr};

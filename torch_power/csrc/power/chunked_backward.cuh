@@ -50,7 +50,7 @@ constexpr int PREPARE_LANES = 8, PREPARE_THREADS = 256, PREPARE_ROWS = PREPARE_T
 template <typename In>
 __global__ void __launch_bounds__(PREPARE_THREADS) prepare_backward_kernel(const __grid_constant__ PrepareBackwardParams p) {
   __shared__ float dots[TILE], dy_ranges[TILE], q_ranges[TILE], largest_smem[TILE / 32], weight_smem[TILE / 32];
-  const int tile = blockIdx.x, head = blockIdx.y, batch = head / p.z.h_q, own = head % p.z.h_q, kv = batch * p.z.h_kv + own / p.z.group;
+  const int heads = p.z.b * p.z.h_q, tile = blockIdx.x / heads, head = blockIdx.x % heads, batch = head / p.z.h_q, own = head % p.z.h_q, kv = batch * p.z.h_kv + own / p.z.group;
   const int part = threadIdx.x % PREPARE_LANES;
 #pragma unroll
   for (int row = threadIdx.x / PREPARE_LANES; row < TILE; row += PREPARE_ROWS) {

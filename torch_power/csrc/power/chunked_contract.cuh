@@ -20,30 +20,6 @@ struct PairWalk {
   }
 };
 
-/* Consumers: over an even number of pairs runs `start(set)` (begin the products of the next pair in set `set` of registers and commit them)
- * and `finish(set, real)` (their results are there: use them, free the slot). With two sets the first pair's results are used while the
- * second's products run; the second's leave the matrix unit to the other warpgroup. Results carried over the loop's end would hide that
- * too, but ptxas then serialises every product (warning C7514). Wide heads have registers for one set. */
-template <int SETS, class Start, class Finish>
-__device__ __forceinline__ void pipeline_pairs(int pairs, Start start, Finish finish) {
-  using First = std::integral_constant<int, 0>;
-  using Second = std::integral_constant<int, SETS - 1>;
-#pragma unroll 1
-  for (int pair = 0; pair < pairs; pair += 2) {
-    start(First{});
-    if constexpr (SETS == 2) {
-      start(Second{});
-      wgmma_wait<1>();
-    } else {
-      wgmma_wait<0>();
-    }
-    finish(First{}, true);
-    if constexpr (SETS == 1) start(Second{});
-    wgmma_wait<0>();
-    finish(Second{}, pair + 1 < pairs);
-  }
-}
-
 /* Producer: the state tiles of one head and chunk, an even number of them (the last twice if need be, so that consumers can alternate
  * between two accumulators without a condition). */
 template <int PADDED_E, class Fill>
@@ -62,6 +38,7 @@ struct Contraction {
   int feature_tiles;
   PairWalk walk;     /* of the pair to be contracted next */
   float x_j[2][8], dx_j[2][8];
+  float2 x_i[2], dx_i[2]; /* fetched for the pair to be contracted next: features of tile I, and their slots */
 
   __device__ __forceinline__ float2 &slot(const Lane &at, int r, int tile) const {
     return *reinterpret_cast<float2 *>(slots + (at.warp * 16 + at.group + 8 * r) * PITCH + tile * 8 + at.quad * 2);
@@ -99,21 +76,25 @@ struct Contraction {
     }
   }
 
-  /* Contracts one pair's U and moves on. */
+  __device__ __forceinline__ void fetch(const Lane &at) {
+    const uint32_t rows = x_tile + (walk.i / 8) * TILE_BYTES + swizzled(at.warp * 16 + at.group, walk.i % 8) + at.quad * 4;
+#pragma unroll
+    for (int r = 0; r < 2; r++) x_i[r] = Pair<__half>::unpack(load_shared_32(rows + r * 1024)), dx_i[r] = slot(at, r, walk.i);
+  }
+
+  /* Contracts one pair's U, what `fetch` brought being of that pair, and moves on. */
   __device__ __forceinline__ void add(const float (&u)[32], const Lane &at) {
-    const uint32_t x_i = x_tile + (walk.i / 8) * TILE_BYTES + swizzled(at.warp * 16 + at.group, walk.i % 8) + at.quad * 4;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const float2 x = Pair<__half>::unpack(load_shared_32(x_i + r * 1024));
-      float2 &slot_i = slot(at, r, walk.i);
-      float2 dx = slot_i;
+      const float2 x = x_i[r];
+      float2 dx = dx_i[r];
 #pragma unroll
       for (int beta = 0; beta < 8; beta++) {
         const float u0 = u[4 * beta + 2 * r], u1 = u[4 * beta + 2 * r + 1];
-        dx_j[r][beta] += u0 * x.x + u1 * x.y;
-        dx.x += u0 * x_j[r][beta], dx.y += u1 * x_j[r][beta];
+        dx_j[r][beta] = fmaf(u1, x.y, fmaf(u0, x.x, dx_j[r][beta])); /* two instructions; a sum of two products would be three */
+        dx.x = fmaf(u0, x_j[r][beta], dx.x), dx.y = fmaf(u1, x_j[r][beta], dx.y);
       }
-      slot_i = dx;
+      slot(at, r, walk.i) = dx;
     }
     if (walk.i == walk.j) {
       flush_j(at);
@@ -125,6 +106,39 @@ struct Contraction {
   }
 };
 
+/* Consumers: over an even number of pairs, `start(set)` begins and commits the products of the next pair, U in u[set]; when they have ended, `release()`
+ * frees the pair's slot and U is contracted. With two sets the first pair's U is used while the second's products run; the second's leave
+ * the matrix unit to the other warpgroup, and what a contraction reads is fetched before its wait. U carried over the loop's end would hide that too,
+ * but ptxas then serialises every product (warning C7514). Wide heads have registers for one set, and none for fetching early. */
+template <int SETS, class Contraction, class Start, class Release>
+__device__ __forceinline__ void contract_pairs(int pairs, Contraction &contraction, float (&u)[SETS][32], const Lane &at, Start start, Release release) {
+  using First = std::integral_constant<int, 0>;
+  using Second = std::integral_constant<int, SETS - 1>;
+  auto finish = [&](auto set, bool real) {
+    pin(u[set.value]);
+    release();
+    if (SETS == 1) contraction.fetch(at);
+    if (real) contraction.add(u[set.value], at);
+  };
+#pragma unroll 1
+  for (int pair = 0; pair < pairs; pair += 2) {
+    start(First{});
+    if constexpr (SETS == 2) {
+      start(Second{});
+      contraction.fetch(at);
+      wgmma_wait<1>();
+      finish(First{}, true);
+      contraction.fetch(at);
+    } else {
+      wgmma_wait<0>();
+      finish(First{}, true);
+      start(Second{});
+    }
+    wgmma_wait<0>();
+    finish(Second{}, pair + 1 < pairs);
+  }
+}
+
 /* 64 rows of g as the A operand of products over e: fragments, kept, for e ≤ 64; wider ones are left in shared memory, at twice the
  * traffic, for want of registers. */
 template <int E_TILES>
@@ -133,17 +147,19 @@ struct RowOperand {
   __device__ __forceinline__ RowOperand(uint32_t rows, const Lane &at) : rows(rows) {
     if constexpr (E_TILES == 1) load_fragments(fragments, rows, at);
   }
-  /* Starts u = g Bᵀ; `b(step)` describes 64 columns of B for 16 of e. */
+  /* Starts u = g Bᵀ; `b(step)` describes 64 columns of B for 16 of e. (One descriptor an operand, advanced: made anew each takes four instructions.) */
   template <Major MAJOR, class Describe>
   __device__ __forceinline__ void times(float (&u)[32], Describe b) {
+    const uint64_t a = matrix_descriptor(rows);
 #pragma unroll
     for (int s = 0; s < 4 * E_TILES; s++) {
       if constexpr (E_TILES == 1) Wgmma<64, __half>::template rs<MAJOR>(u, fragments[s], b(s), s > 0);
-      else Wgmma<64, __half>::template ss<K_MAJOR, MAJOR>(u, matrix_descriptor(rows + (s / 4) * TILE_BYTES + s % 4 * 32), b(s), s > 0);
+      else Wgmma<64, __half>::template ss<K_MAJOR, MAJOR>(u, a + descriptor_offset((s / 4) * TILE_BYTES + s % 4 * 32), b(s), s > 0);
     }
   }
   __device__ __forceinline__ void times_rows(float (&u)[32], uint32_t tile) {
-    times<K_MAJOR>(u, [=](int s) { return matrix_descriptor(tile + (s / 4) * TILE_BYTES + s % 4 * 32); });
+    const uint64_t b = matrix_descriptor(tile);
+    times<K_MAJOR>(u, [=](int s) { return b + descriptor_offset((s / 4) * TILE_BYTES + s % 4 * 32); });
   }
   __device__ __forceinline__ void times_state(float (&u)[32], uint32_t tile) {
     times<MN_MAJOR>(u, [=](int s) { return StateTile<64 * E_TILES>{tile}.columns(s); });

@@ -189,20 +189,15 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
       contraction.load_j(lane);
       PairWalk next; /* the pair whose products start next */
       RingPosition<T::STAGES> done = at;
-      pipeline_pairs<SETS>(
-          p.z.pairs,
+      contract_pairs<SETS>(
+          p.z.pairs, contraction, u, lane,
           [&](auto half) {
             uint32_t(&fragments)[4][4] = a[half.value];
             ring.wait(at);
             const StateTile<PADDED_E> state{stages_smem + at.slot * T::STAGE_BYTES};
-            expand_queries<4>(fragments, k_rows + (next.i / 8) * TILE_BYTES + swizzled(row, next.i % 8) + lane.quad * 4,
-                              k_rows + (next.j / 8) * TILE_BYTES + swizzled(row, next.j % 8));
             /* The last of an odd number of pairs comes twice, the second time for nothing. */
-            const uint32_t keep = next.j < p.z.feature_tiles ? ~0u : 0u;
-#pragma unroll
-            for (int s = 0; s < 4; s++)
-#pragma unroll
-              for (int x = 0; x < 4; x++) fragments[s][x] &= keep;
+            expand_queries<4>(fragments, k_rows + (next.i / 8) * TILE_BYTES + swizzled(row, next.i % 8) + lane.quad * 4,
+                              k_rows + (next.j / 8) * TILE_BYTES + swizzled(row, next.j % 8), next.j < p.z.feature_tiles ? ~0u : 0u);
             next.advance();
             pin(u[half.value]);
             pin(fragments);
@@ -215,11 +210,9 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
             wgmma_commit();
             at.advance();
           },
-          [&](auto half, bool real) {
-            pin(u[half.value]);
+          [&] {
             ring.release(done.slot);
             done.advance();
-            if (real) contraction.add(u[half.value], lane);
           });
       pin(dv);
 #pragma unroll
@@ -250,10 +243,12 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
       constexpr int COLUMNS = D_TILES + E_TILES > 2 ? 32 : 64; /* queries at a time: wide accumulators leave registers for 32 */
       float s[COLUMNS / 2], dp[COLUMNS / 2], reach[2];
       uint32_t weights[COLUMNS / 16][4], ds[COLUMNS / 16][4];
+      const uint64_t k_a = matrix_descriptor(k_rows), v_a = matrix_descriptor(v_rows);
       auto attend_tile = [&](auto diagonal_constant, int64_t q_tile, int tile) {
         constexpr bool DIAGONAL = decltype(diagonal_constant)::value;
         ring.wait(at);
         const uint32_t queries = stages_smem + at.slot * T::STAGE_BYTES, dy = queries + D_TILES * TILE_BYTES, factors = dy + E_TILES * TILE_BYTES;
+        const uint64_t q_b = matrix_descriptor(queries, 1024, TILE_BYTES), dy_b = matrix_descriptor(dy, 1024, TILE_BYTES); /* of both majors */
         if constexpr (DIAGONAL) reach[0] = reach[1] = float(1 << P_SHIFT);
 #pragma unroll
         for (int column = 0; column < TILE; column += COLUMNS) {
@@ -265,15 +260,15 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
 #pragma unroll
             for (int step = 0; step < 4; step++)
               Wgmma<COLUMNS, __half>::template ss<K_MAJOR, K_MAJOR>(
-                  s, matrix_descriptor(k_rows + i * TILE_BYTES + step * 32),
-                  matrix_descriptor(queries + i * TILE_BYTES + column * 128 + step * 32), i + step > 0);
+                  s, k_a + descriptor_offset(i * TILE_BYTES + step * 32),
+                  q_b + descriptor_offset(i * TILE_BYTES + column * 128 + step * 32), i + step > 0);
 #pragma unroll
           for (int i = 0; i < E_TILES; i++)
 #pragma unroll
             for (int step = 0; step < 4; step++)
               Wgmma<COLUMNS, __half>::template ss<K_MAJOR, K_MAJOR>(
-                  dp, matrix_descriptor(v_rows + i * TILE_BYTES + step * 32),
-                  matrix_descriptor(dy + i * TILE_BYTES + column * 128 + step * 32), i + step > 0);
+                  dp, v_a + descriptor_offset(i * TILE_BYTES + step * 32),
+                  dy_b + descriptor_offset(i * TILE_BYTES + column * 128 + step * 32), i + step > 0);
           wgmma_commit();
           wgmma_wait<0>();
           pin(s);
@@ -285,11 +280,10 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
           pin(dk);
           pin(dv);
           wgmma_fence();
-          const uint64_t q_b = matrix_descriptor(queries + column * 128, 1024, TILE_BYTES), dy_b = matrix_descriptor(dy + column * 128, 1024, TILE_BYTES);
 #pragma unroll
           for (int step = 0; step < COLUMNS / 16; step++) {
-            Wgmma<PADDED_E, __half>::template rs<MN_MAJOR>(dv, weights[step], dy_b + descriptor_offset(step * 2048), 1);
-            Wgmma<PADDED_D, __half>::template rs<MN_MAJOR>(dk, ds[step], q_b + descriptor_offset(step * 2048), 1);
+            Wgmma<PADDED_E, __half>::template rs<MN_MAJOR>(dv, weights[step], dy_b + descriptor_offset(column * 128 + step * 2048), 1);
+            Wgmma<PADDED_D, __half>::template rs<MN_MAJOR>(dk, ds[step], q_b + descriptor_offset(column * 128 + step * 2048), 1);
           }
           wgmma_commit();
           wgmma_wait<0>();

@@ -203,8 +203,8 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
       float u[SETS][32];
       contraction.load_j(lane);
       RingPosition<T::STAGES> done = at;
-      pipeline_pairs<SETS>(
-          p.z.pairs,
+      contract_pairs<SETS>(
+          p.z.pairs, contraction, u, lane,
           [&](auto half) {
             ring.wait(at);
             pin(u[half.value]);
@@ -214,11 +214,9 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
             wgmma_commit();
             at.advance();
           },
-          [&](auto half, bool real) {
-            pin(u[half.value]);
+          [&] {
             ring.release(done.slot);
             done.advance();
-            if (real) contraction.add(u[half.value], lane);
           });
 #pragma unroll
       for (int r = 0; r < 2; r++) {
@@ -240,9 +238,11 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
     {
       float s[32], dp[32], reach[2] = {2.f * h[0], 2.f * h[1]};
       uint32_t ds[4][4];
+      const uint64_t q_a = matrix_descriptor(q_rows);
       auto attend_tile = [&](auto diagonal_constant, int tile) {
         constexpr bool DIAGONAL = decltype(diagonal_constant)::value;
         ring.wait(at);
+        const uint64_t k_b = matrix_descriptor(stages_smem + at.slot * T::STAGE_BYTES);
         const uint32_t keys = stages_smem + at.slot * T::STAGE_BYTES, values = keys + D_TILES * TILE_BYTES, factors = values + E_TILES * TILE_BYTES;
         pin(s);
         pin(dp);
@@ -252,8 +252,8 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
         for (int i = 0; i < D_TILES; i++)
 #pragma unroll
           for (int step = 0; step < 4; step++)
-            Wgmma<64, __half>::template ss<K_MAJOR, K_MAJOR>(s, matrix_descriptor(q_rows + i * TILE_BYTES + step * 32),
-                                                             matrix_descriptor(keys + i * TILE_BYTES + step * 32), i + step > 0);
+            Wgmma<64, __half>::template ss<K_MAJOR, K_MAJOR>(s, q_a + descriptor_offset(i * TILE_BYTES + step * 32),
+                                                             k_b + descriptor_offset(i * TILE_BYTES + step * 32), i + step > 0);
         dy.times_rows(dp, values);
         wgmma_commit();
         wgmma_wait<0>(); /* also the last tile's dq: its slot may go */

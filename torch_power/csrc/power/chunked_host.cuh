@@ -93,7 +93,7 @@ cudaError_t dispatch_dtype(int dtype, F f) {
 
 template <typename In>
 cudaError_t stage(const StageParams &p, int padded, Scaling scaling, cudaStream_t stream) {
-  const dim3 grid(p.z.tiles, p.z.b * p.heads);
+  const int grid = p.z.tiles * p.z.b * p.heads;
   if (scaling == Scaling::HEAD) {
     if (padded == 64) stage_kernel<In, 64, Scaling::HEAD><<<grid, STAGE_THREADS, 0, stream>>>(p);
     else stage_kernel<In, 128, Scaling::HEAD><<<grid, STAGE_THREADS, 0, stream>>>(p);
@@ -111,7 +111,7 @@ cudaError_t measure(const PowerAttentionShape &shape, const PowerAttentionArrays
   if (cudaError_t error = cudaMemsetAsync(x.maxima, 0, 4 * heads * sizeof(unsigned), stream)) return error;
   const MeasureParams params{z, make_view(a.k), make_view(a.v), make_view(a.log_g), static_cast<float *>(a.s0.data),
                              static_cast<float *>(a.z0.data), x.gates, x.forward_maxima(heads)};
-  measure_kernel<In><<<dim3(z.chunks, unsigned(heads), z.chunk / MEASURE_ROWS), MEASURE_THREADS, 0, stream>>>(params);
+  measure_kernel<In><<<z.chunks * (z.chunk / MEASURE_ROWS) * heads, MEASURE_THREADS, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -38,10 +38,10 @@ struct QueryTiles {
 };
 
 /* A fragments of STEPS k-steps, of two β each, of ψ(q). In the q^ rows, for this lane's row g (row g + 8 is 1024 bytes on): `i_address` of its pair
- * of α in feature tile I, `j_address` of the first β in feature tile J. */
+ * of α in feature tile I, `j_address` of the first β in feature tile J. `keep` is a mask, of no bits for fragments of zeros. */
 template <int STEPS>
-__device__ __forceinline__ void expand_queries(uint32_t (&a)[STEPS][4], uint32_t i_address, uint32_t j_address) {
-  const uint32_t alpha0 = load_shared_32(i_address), alpha1 = load_shared_32(i_address + 1024);
+__device__ __forceinline__ void expand_queries(uint32_t (&a)[STEPS][4], uint32_t i_address, uint32_t j_address, uint32_t keep = ~0u) {
+  const uint32_t alpha0 = load_shared_32(i_address) & keep, alpha1 = load_shared_32(i_address + 1024) & keep;
   uint32_t beta0[STEPS], beta1[STEPS];
   if constexpr (STEPS == 4) {
     const uint4 x = load_shared_128(j_address), y = load_shared_128(j_address + 1024);
@@ -286,12 +286,13 @@ __global__ void __launch_bounds__(384, 1) query_kernel(const __grid_constant__ Q
       auto start_scores = [&](int m, uint32_t keys) {
         pin(scores[m]);
         wgmma_fence();
+        const uint64_t q_a = matrix_descriptor(q_tile[m]), k_b = matrix_descriptor(keys);
 #pragma unroll
         for (int h = 0; h < D_TILES; h++)
 #pragma unroll
           for (int s = 0; s < 4; s++)
-            Wgmma<64, __half>::template ss<K_MAJOR, K_MAJOR>(scores[m], matrix_descriptor(q_tile[m] + h * TILE_BYTES + s * 32),
-                                                             matrix_descriptor(keys + h * TILE_BYTES + s * 32), h + s > 0);
+            Wgmma<64, __half>::template ss<K_MAJOR, K_MAJOR>(scores[m], q_a + descriptor_offset(h * TILE_BYTES + s * 32),
+                                                             k_b + descriptor_offset(h * TILE_BYTES + s * 32), h + s > 0);
         wgmma_commit();
       };
       auto start_values = [&](int m, uint32_t values) {

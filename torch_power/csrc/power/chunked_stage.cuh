@@ -1,9 +1,9 @@
 /* Before the matrix kernels: sum the gates, find each head's range, and write keys and values as scaled float16 tiles.
  *
- * measure_kernel   block (chunk, head, part): largest |k| and |v| of MEASURE_ROWS rows, into `Maxima` by integer maximum (order-free, so two runs
- *                  agree); the first part also sums the chunk's gates.
+ * measure_kernel   block (MEASURE_ROWS rows, head): largest |k| and |v|, into `Maxima` by integer maximum (order-free, so two runs agree); the first
+ *                  of a chunk also sums its gates.
  * stage_kernel     block (tile, head): 64 rows of one array, scaled; optionally also transposed with a weight per token.
- * Both read each input once and are bound by device memory.
+ * Both read each input once and are bound by device memory. Heads come first in the order of blocks: their rows are neighbours in memory.
  */
 #pragma once
 #include "chunked_layout.cuh"
@@ -13,7 +13,7 @@ namespace power {
 constexpr int MEASURE_THREADS = 256, MEASURE_ROWS = 256, STAGE_THREADS = 256;
 
 /* The block's largest `x`, into *result. */
-__device__ inline void note_largest(float x, unsigned *result) {
+__device__ __forceinline__ void note_largest(float x, unsigned *result) {
   __shared__ float warp_largest[MEASURE_THREADS / 32];
   x = group_max<32>(x);
   if ((threadIdx.x & 31) == 0) warp_largest[threadIdx.x / 32] = x;
@@ -27,10 +27,10 @@ __device__ inline void note_largest(float x, unsigned *result) {
 
 /* Largest magnitude in rows [first, last) of one head, of this thread's share. */
 template <typename In>
-__device__ float measure_rows(const View &x, int64_t head_offset, int first, int last, int columns) {
+__device__ __forceinline__ float measure_rows(const View &x, int64_t head_offset, int first, int last, int columns) {
   const int pieces = columns / 8;
   float largest = 0.f;
-#pragma unroll 8
+#pragma unroll 4
   for (int i = threadIdx.x; i < (last - first) * pieces; i += MEASURE_THREADS) {
     const int row = i / pieces, piece = i - row * pieces;
     largest = fmaxf(largest, largest_of<In>(load_piece<In>(x, head_offset + (first + row) * x.time, piece * 8, columns)));
@@ -39,7 +39,7 @@ __device__ float measure_rows(const View &x, int64_t head_offset, int first, int
 }
 
 /* Largest magnitude of `count` floats, into *result. */
-__device__ inline void measure_floats(const float *x, int64_t count, int part, int parts, unsigned *result) {
+__device__ __forceinline__ void measure_floats(const float *x, int64_t count, int part, int parts, unsigned *result) {
   float largest = 0.f;
   for (int64_t i = int64_t(part) * blockDim.x + threadIdx.x; i < count; i += int64_t(parts) * blockDim.x) largest = fmaxf(largest, fabsf(x[i]));
   note_largest(largest, result);
@@ -120,18 +120,19 @@ struct MeasureParams {
 };
 
 template <typename In>
-__global__ void __launch_bounds__(MEASURE_THREADS) measure_kernel(const __grid_constant__ MeasureParams p) {
-  const int chunk = blockIdx.x, head = blockIdx.y, batch = head / p.z.h_kv, kv_head = head % p.z.h_kv;
-  const int first = min(chunk * p.z.chunk + int(blockIdx.z) * MEASURE_ROWS, p.z.t), last = min(first + MEASURE_ROWS, p.z.t);
+__global__ void __launch_bounds__(MEASURE_THREADS, 4) /* or ptxas keeps to 40 registers and spills */ measure_kernel(const __grid_constant__ MeasureParams p) {
+  const int heads = p.z.b * p.z.h_kv, head = blockIdx.x % heads, batch = head / p.z.h_kv, kv_head = head % p.z.h_kv;
+  const int part = blockIdx.x / heads, chunk = part / (p.z.chunk / MEASURE_ROWS);
+  const int first = min(part * MEASURE_ROWS, p.z.t), last = min(first + MEASURE_ROWS, p.z.t);
   const float k_largest = measure_rows<In>(p.k, batch * p.k.batch + kv_head * p.k.head, first, last, p.z.d);
   const float v_largest = measure_rows<In>(p.v, batch * p.v.batch + kv_head * p.v.head, first, last, p.z.e);
   note_largest(k_largest, p.maxima.k + head);
   note_largest(v_largest, p.maxima.v + head);
-  if (blockIdx.z > 0) return;
+  if (part % (p.z.chunk / MEASURE_ROWS) > 0) return;
   sum_gates(p.z, p.log_g, p.gates, batch, kv_head, chunk);
   const int64_t rows = int64_t(p.z.pairs) * 64;
-  if (p.s0 != nullptr) measure_floats(p.s0 + head * rows * p.z.e, rows * p.z.e, chunk, gridDim.x, p.maxima.s + head);
-  if (p.z0 != nullptr) measure_floats(p.z0 + head * rows, rows, chunk, gridDim.x, p.maxima.z + head);
+  if (p.s0 != nullptr) measure_floats(p.s0 + head * rows * p.z.e, rows * p.z.e, chunk, p.z.chunks, p.maxima.s + head);
+  if (p.z0 != nullptr) measure_floats(p.z0 + head * rows, rows, chunk, p.z.chunks, p.maxima.z + head);
 }
 
 /* Largest entries of a gradient of the last state, over those of the first state that `Maxima` held till then. */
@@ -163,7 +164,7 @@ template <typename In, int WIDTH, Scaling SCALING>
 __global__ void __launch_bounds__(STAGE_THREADS) stage_kernel(const __grid_constant__ StageParams p) {
   constexpr int PIECES = WIDTH / 8, PITCH = WIDTH + 2; /* an odd number of words: a row's writers spread over the banks */
   __shared__ __half tile_smem[TILE * PITCH];
-  const int tile = blockIdx.x, head = blockIdx.y, batch = head / p.heads, own = head % p.heads;
+  const int heads = p.z.b * p.heads, tile = blockIdx.x / heads, head = blockIdx.x % heads, batch = head / p.heads, own = head % p.heads;
   const int kv = batch * p.z.h_kv + own / (p.heads / p.z.h_kv);
   const int64_t out = (int64_t(head) * p.z.tiles + tile) * (TILE * WIDTH);
   const float head_factor = SCALING == Scaling::HEAD ? power_of_two(scaling_exponent(p.largest[kv], p.range)) : 1.f;

@@ -57,6 +57,10 @@ struct UpdateTiles {
   static constexpr int BLOCKS_A_HEAD = FEATURE_TILES / 2 * (FEATURE_TILE / 2); /* two J, two β */
   static constexpr int BETAS = E_TILES;                                        /* of a warpgroup */
   static constexpr int MOMENT_HEADS = 2 / D_TILES;                             /* of a block that keeps moments */
+  /* Slices whose products go together, and are made ready while those of the group before run: two hide the latency of loading and multiplying, one
+   * is what 136 accumulators leave registers for. */
+  static constexpr int GROUP = PADDED_D + PADDED_E == 256 ? 1 : 2;
+  static constexpr int TILES_A_STEP = 2 * BETAS / GROUP == 1 ? 2 : 1; /* an even number of groups, to alternate between two sets of fragments */
   static constexpr int WEIGHTED_BYTES = 2 * 128;                               /* two feature rows of one J */
   static constexpr int STAGE_BYTES = (D_TILES + E_TILES) * TILE_BYTES + 1024;
   static constexpr int STAGES = STAGE_BYTES > 32768 ? 5 : STAGE_BYTES > 24576 ? 7 : 8;
@@ -75,8 +79,8 @@ __device__ __forceinline__ float2 chunk_factors(const UpdateParams &p, int head,
 }
 
 /* The scan over chunks, the same for both kinds of block: `store(chunk, bound)` before a chunk, `decay(factor)` of the accumulators, `accumulate(slot,
- * undrained)` per tile, which releases the slot of the tile before when its products have ended. Returns the decay over all chunks. */
-template <int STAGES, class Ring, class Store, class Decay, class Accumulate>
+ * part, undrained)` per tile, `part` of TILES_A_STEP, which releases the slot of the tile before when its products have ended. Returns the decay over all chunks. */
+template <int STAGES, int TILES_A_STEP, class Ring, class Store, class Decay, class Accumulate>
 __device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring &ring, int head, float bound, bool has_first, int lane,
                                              Store store, Decay decay, Accumulate accumulate) {
   RingPosition<STAGES> at;
@@ -91,11 +95,14 @@ __device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring &
     if (step + 1 < p.z.chunks) factors = chunk_factors(p, head, p.reverse ? chunk - 1 : chunk + 1, lane); /* arrives during the tiles */
     int undrained = -1;
 #pragma unroll 1
-    for (int tile = 0; tile < p.group * p.z.chunk_tiles; tile++) {
-      ring.wait(at);
-      accumulate(at.slot, undrained);
-      undrained = at.slot;
-      at.advance();
+    for (int tile = 0; tile < p.group * p.z.chunk_tiles; tile += TILES_A_STEP) {
+#pragma unroll
+      for (int part = 0; part < TILES_A_STEP; part++) {
+        ring.wait(at);
+        accumulate(at.slot, part, undrained);
+        undrained = at.slot;
+        at.advance();
+      }
     }
     wgmma_wait<0>();
     ring.release(undrained);
@@ -158,21 +165,27 @@ __device__ __forceinline__ void update_slices(const UpdateParams &p, const PairR
   const Lane lane;
   const int heads = p.z.b * p.z.h_kv, row = y_tile * 64 + lane.warp * 16 + lane.group; /* of yᵀ, and row + 8 */
   float high[BETAS][HIGH_COLUMNS / 2], low[BETAS][LOW_COLUMNS / 2];
-  uint32_t y[4][4], a[2][4][4];
+  uint32_t y[4][4], a[2][T::GROUP][4][4];
 
   auto each_slice = [&](auto visit) {
 #pragma unroll
     for (int i = 0; i < BETAS; i++) visit(high[i], j_high, beta + i), visit(low[i], j_low, beta + i);
   };
-  /* Visits (accumulator, element of the public state) of every entry that the caller's state has; other entries as element −1. */
+  /* Visits (accumulator, element of the public state, whether I = J) of every entry that the caller's state has. */
   auto each_entry = [&](auto visit) {
     each_slice([&](auto &slice, int j, int b) {
+      int element = (j * 64 + lane.quad * 16 + b) * p.z.e + row; /* of pair (0, j), α = 2 · quad */
 #pragma unroll
-      for (int n = 0; n < int(sizeof(slice) / 4); n++) {
-        const int i = n / 4, alpha = 2 * lane.quad + (n & 1), column = row + ((n & 2) ? 8 : 0);
-        const bool there = i <= j && j < p.z.feature_tiles && column < p.z.e;
-        visit(slice[n], there ? (int64_t(public_pair(i, j, p.z.feature_tiles)) * 64 + alpha * 8 + b) * p.z.e + column : -1, i == j);
-        if (n % 4 == 3) asm volatile("" ::: "memory"); /* four at a time, or their addresses spill */
+      for (int i = 0; i < int(sizeof(slice) / 16); i++) {
+        if (i <= j && j < p.z.feature_tiles) {
+#pragma unroll
+          for (int n = 0; n < 4; n++) { /* α + 1 if n is odd, column row + 8 if n ≥ 2 */
+            const int column = n / 2 * 8;
+            if (row + column < p.z.e) visit(slice[4 * i + n], element + n % 2 * 8 * p.z.e + column, i == j);
+          }
+        }
+        __syncwarp(); /* a few entries at a time, or their addresses spill */
+        element += (p.z.feature_tiles - i - 1) * 64 * p.z.e;
       }
     });
   };
@@ -182,12 +195,17 @@ __device__ __forceinline__ void update_slices(const UpdateParams &p, const PairR
   const int64_t state_size = int64_t(p.z.pairs) * 64 * p.z.e;
   /* A gradient is of the public rows; accumulators are without multiplicity, which the query puts on them. */
   const float in_factor = power_of_two(s_exponent), off_diagonal = p.reverse ? 2.f : 1.f;
-  each_entry([&](float &value, int64_t element, bool diagonal) {
-    value = p.s_in != nullptr && element >= 0 ? p.s_in[head * state_size + element] * (diagonal ? in_factor : in_factor / off_diagonal) : 0.f;
+  each_slice([&](auto &slice, int, int) {
+#pragma unroll
+    for (int n = 0; n < int(sizeof(slice) / 4); n++) slice[n] = 0.f;
   });
+  if (p.s_in != nullptr)
+    each_entry([&](float &value, int element, bool diagonal) {
+      value = p.s_in[head * state_size + element] * (diagonal ? in_factor : in_factor / off_diagonal);
+    });
   const float first_bound = p.s_in == nullptr ? 0.f : __uint_as_float(p.maxima.s[head]) * in_factor * power_of_two(-p.state_bits);
 
-  scan_chunks<T::STAGES>(
+  scan_chunks<T::STAGES, T::TILES_A_STEP>(
       p, ring, head, first_bound, p.s_in != nullptr, lane.lane,
       [&](int chunk, float bound) {
         const int unit = state_unit(bound, p.state_bits);
@@ -213,39 +231,40 @@ __device__ __forceinline__ void update_slices(const UpdateParams &p, const PairR
           for (int n = 0; n < int(sizeof(slice) / 4); n++) slice[n] *= factor;
         });
       },
-      [&](int slot, int undrained) {
+      [&](int slot, int part, int undrained) {
         const uint32_t rows = stages_smem + slot * T::STAGE_BYTES, values = rows + T::D_TILES * TILE_BYTES;
         const uint32_t weighted = values + T::E_TILES * TILE_BYTES + (beta - first_beta) * 128;
         const uint64_t b = matrix_descriptor(rows, 1024, TILE_BYTES);
         load_fragments_transposed(y, values + y_tile * TILE_BYTES, lane);
+        /* Slice n of the warpgroup: β = n / 2, the high J if n is even. */
 #pragma unroll
-        for (int i = 0; i < BETAS; i++) {
-          wgmma_wait<1>(); /* all but the products with a[1] have ended */
-          weigh_tokens(a[0], y, weighted + i * 128, lane);
-          pin(a[0]);
-          pin(high[i]);
+        for (int first = 0; first < 2 * BETAS; first += T::GROUP) {
+          uint32_t(&fragments)[T::GROUP][4][4] = a[(part * 2 * BETAS + first) / T::GROUP % 2]; /* the products that read them have ended */
+#pragma unroll
+          for (int n = first; n < first + T::GROUP; n++) {
+            weigh_tokens(fragments[n - first], y, weighted + n % 2 * T::WEIGHTED_BYTES + n / 2 * 128, lane);
+            pin(fragments[n - first]);
+            if (n % 2 == 0) pin(high[n / 2]);
+            else pin(low[n / 2]);
+          }
           wgmma_fence();
 #pragma unroll
-          for (int s = 0; s < 4; s++)
-            Wgmma<HIGH_COLUMNS, __half>::template rs<MN_MAJOR>(high[i], a[0][s], b + descriptor_offset(s * 2048), 1);
+          for (int n = first; n < first + T::GROUP; n++)
+#pragma unroll
+            for (int s = 0; s < 4; s++) {
+              if (n % 2 == 0) Wgmma<HIGH_COLUMNS, __half>::template rs<MN_MAJOR>(high[n / 2], fragments[n - first][s], b + descriptor_offset(s * 2048), 1);
+              else Wgmma<LOW_COLUMNS, __half>::template rs<MN_MAJOR>(low[n / 2], fragments[n - first][s], b + descriptor_offset(s * 2048), 1);
+            }
           wgmma_commit();
           wgmma_wait<1>();
-          if (i == 0 && undrained >= 0) ring.release(undrained);
-          weigh_tokens(a[1], y, weighted + T::WEIGHTED_BYTES + i * 128, lane);
-          pin(a[1]);
-          pin(low[i]);
-          wgmma_fence();
-#pragma unroll
-          for (int s = 0; s < 4; s++)
-            Wgmma<LOW_COLUMNS, __half>::template rs<MN_MAJOR>(low[i], a[1][s], b + descriptor_offset(s * 2048), 1);
-          wgmma_commit();
+          if (first == 0 && undrained >= 0) ring.release(undrained);
         }
       });
   if (p.s_out == nullptr) return;
   each_slice([&](auto &slice, int, int) { pin(slice); });
   const float out_factor = power_of_two(-s_exponent);
-  each_entry([&](float &value, int64_t element, bool diagonal) {
-    if (element >= 0) p.s_out[head * state_size + element] = value * (diagonal ? out_factor : out_factor * off_diagonal);
+  each_entry([&](float &value, int element, bool diagonal) {
+    p.s_out[head * state_size + element] = value * (diagonal ? out_factor : out_factor * off_diagonal);
   });
 }
 
@@ -294,7 +313,7 @@ __device__ __forceinline__ void update_moments(const UpdateParams &p, const Ring
     value *= in_factor;
   });
   const float first_bound = z_in == nullptr ? 0.f : __uint_as_float(p.maxima.z[head]) * in_factor * power_of_two(-p.moment_bits);
-  const float total_decay = scan_chunks<T::STAGES>(
+  const float total_decay = scan_chunks<T::STAGES, 1>(
       p, ring, head, first_bound, z_in != nullptr, lane.lane,
       [&](int chunk, float bound) {
         pin(acc);
@@ -314,7 +333,7 @@ __device__ __forceinline__ void update_moments(const UpdateParams &p, const Ring
 #pragma unroll
         for (int i = 0; i < PADDED_D / 2; i++) acc[i] *= factor;
       },
-      [&](int slot, int undrained) {
+      [&](int slot, int, int undrained) {
         const uint32_t rows = stages_smem + slot * T::STAGE_BYTES + rows_offset;
         load_fragments_transposed(x, rows + row_tile * TILE_BYTES, lane);
         wgmma_wait<0>();
@@ -345,7 +364,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(UPDATE_THREADS, 1) update_
   extern __shared__ uint8_t smem_raw[];
   const uint32_t stages_smem = (smem_address(smem_raw) + 1023) & ~1023u, barriers = stages_smem + T::STAGES * T::STAGE_BYTES;
   const Ring<T::STAGES> ring{barriers};
-  const PairRing<T::STAGES> pair_ring{{barriers}};
+  const PairRing<T::STAGES> pair_ring(barriers);
   const int group = threadIdx.x >> 7, lane = threadIdx.x & 31, heads = p.z.b * p.z.h_kv;
   const int moment_block = int(blockIdx.x) - heads * T::BLOCKS_A_HEAD;
   const int set = blockIdx.x % T::BLOCKS_A_HEAD, j_high = T::FEATURE_TILES - 1 - set / 4, j_low = set / 4, first_beta = set % 4 * 2;

@@ -15,11 +15,15 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
-/* Arrives at block `rank`'s barrier of the same address. Default semantics: explicit ones cost 2.4 times the kernel (PROBE). */
-__device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
-  asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
-               "r"(rank)
-               : "memory");
+/* Where block `rank` has what is at `smem` here, as an address in the cluster. */
+__device__ __forceinline__ uint32_t cluster_address(uint32_t smem, uint32_t rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(smem), "r"(rank));
+  return there;
+}
+/* Default semantics: explicit ones cost 2.4 times the kernel (PROBE). */
+__device__ __forceinline__ void mbarrier_arrive_in_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 /* Device memory → the shared memory of both blocks; the bytes count towards each one's `barrier`. */
 __device__ __forceinline__ void bulk_load_to_both(uint32_t smem, const void *gmem, uint32_t bytes, uint32_t barrier) {
@@ -31,10 +35,12 @@ __device__ __forceinline__ void bulk_load_to_both(uint32_t smem, const void *gme
 /* A ring whose slots the producers of both blocks fill together. Each producer announces all the bytes of a slot to its own block. */
 template <int STAGES>
 struct PairRing : Ring<STAGES> {
+  uint32_t there; /* the other block's barriers */
+  __device__ __forceinline__ explicit PairRing(uint32_t barriers) : Ring<STAGES>{barriers}, there(cluster_address(barriers, cluster_rank() ^ 1)) {}
   __device__ __forceinline__ void init(int consumers) const { Ring<STAGES>::init(2 * consumers); }
   __device__ __forceinline__ void release(int slot) const {
     Ring<STAGES>::release(slot);
-    if (ARRIVALS_A_WARP == 32 || (threadIdx.x & 31) == 0) mbarrier_arrive_at(this->empty(slot), cluster_rank() ^ 1);
+    if (ARRIVALS_A_WARP == 32 || (threadIdx.x & 31) == 0) mbarrier_arrive_in_cluster(there + (STAGES + slot) * 8);
   }
 };
 
