@@ -363,6 +363,8 @@ class Implementation(NamedTuple):
       supports: `supports(call, device)` returns None, or the reason why it cannot serve the call.
       plan: replaces a choice that was left open (`auto_form`, `auto_chunk_size`) by what suits this implementation.
       wide_output: forward returns y in the compute dtype, not yet rounded to the dtype of v.
+      saved_bytes: bytes that the forward pass can keep for the backward pass, for a call whose gradient will be wanted. Both
+        then take a buffer `saved` of that size; without it the backward pass works out again what is missing, to the same bits.
     """
 
     forward: Callable[..., Any]
@@ -370,6 +372,7 @@ class Implementation(NamedTuple):
     supports: Callable[[Any, str], str | None]
     plan: Callable[[Any], Any] = lambda call: call
     wide_output: bool = True
+    saved_bytes: Callable[[Any], int] = lambda call: 0
 
 
 class Choice:

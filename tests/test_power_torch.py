@@ -50,11 +50,11 @@ def test_opcheck(implementation):
     q, k, v, log_g = inputs(torch.float32)
     _, state = torch_power.power_attention(q, k, v, log_g, return_state=True)
     for extra, return_state in (((None, None, None), False), ((log_g, *state), True)):
-        options = 2, 0.5, True, True, "chunked", 4, return_state, implementation
+        options = 2, 0.5, True, True, "chunked", 4, return_state, implementation, True
         torch.library.opcheck(ops.power_attention, (q, k, v, *extra, *options))
-        y, norm, s, z = ops.power_attention(q, k, v, *extra, *options)
+        y, norm, saved, s, z = ops.power_attention(q, k, v, *extra, *options)
         upstream = (torch.randn_like(y), s, z) if return_state else (torch.randn_like(y), None, None)
-        torch.library.opcheck(ops.power_attention_backward, (q, k, v, *extra, y, norm, *upstream, *options))
+        torch.library.opcheck(ops.power_attention_backward, (q, k, v, *extra, y, norm, saved, *upstream, *options))
 
 
 def test_func_grad_and_vmap():

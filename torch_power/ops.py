@@ -21,8 +21,8 @@ from torch_power import cpp, cuda, eager
 # Best first: the first that supports a call serves it unless one is named.
 POWER: dict[str, spec.Implementation] = {
     "cuda": spec.Implementation(
-        cuda.power.forward, cuda.power.backward, cuda.power.supports, cuda.power.plan, wide_output=False
-    ),
+        cuda.power.forward, cuda.power.backward, cuda.power.supports, cuda.power.plan, False, cuda.power.saved_bytes
+    ),  # fmt: skip
     "cpp": spec.Implementation(cpp.power.forward, cpp.power.backward, cpp.power.supports, cpp.power.plan),
     "eager": spec.Implementation(eager.power.forward, eager.power.backward, eager.power.supports),
 }
@@ -32,7 +32,7 @@ def _call(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, s0: Tensor | None, z0: Tensor | None, options: Sequence[Any]
 ) -> tuple[spec.PowerCall, spec.Implementation]:
     """Rebuild the checked call from an operator's arguments (already checked, so this raises nothing)."""
-    deg, scale, causal, normalize, form, chunk_size, return_state, implementation = options
+    deg, scale, causal, normalize, form, chunk_size, return_state, implementation, _ = options
     call = spec.check_power(
         q, k, v, log_g, deg=deg, scale=scale, causal=causal, normalize=normalize, form=form, chunk_size=chunk_size,
         initial_state=None if s0 is None else (s0, z0), return_state=return_state,
@@ -42,6 +42,10 @@ def _call(
 
 def _present(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
+
+
+def _buffer(saved: Tensor) -> dict[str, Tensor]:
+    return {"saved": saved} if saved.numel() else {}
 
 
 def _operator(function: Callable[..., Any]) -> Any:
@@ -68,13 +72,15 @@ def power_attention(
     chunk_size: int,
     return_state: bool,
     implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, norm, s, z of a checked call; s and z have shape [0] unless `return_state`."""
-    options = deg, scale, causal, normalize, form, chunk_size, return_state, implementation
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, norm, saved, s, z of a checked call; saved has shape [0] unless `save`, s and z unless `return_state`."""
+    options = deg, scale, causal, normalize, form, chunk_size, return_state, implementation, save
     call, chosen = _call(q, k, v, log_g, s0, z0, options)
+    saved = q.new_empty(chosen.saved_bytes(call) if save else 0, dtype=torch.uint8)
     with torch.autocast(q.device.type, enabled=False):
-        y, norm, s, z = chosen.forward(call, q, k, v, log_g, s0, z0)
-    return y, norm, _present(s, norm), _present(z, norm)
+        y, norm, s, z = chosen.forward(call, q, k, v, log_g, s0, z0, **_buffer(saved))
+    return y, norm, saved, _present(s, norm), _present(z, norm)
 
 
 @torch.library.register_fake("torch_power::power_attention")
@@ -83,9 +89,10 @@ def _(q, k, v, log_g, s0, z0, *options):
     wide = getattr(torch, call.compute_dtype)
     y = q.new_empty(call.b, call.t, call.h_q, call.e, dtype=wide if chosen.wide_output else v.dtype)
     norm = q.new_empty(call.b, call.t, call.h_q, dtype=wide)
+    saved = q.new_empty(chosen.saved_bytes(call) if options[-1] else 0, dtype=torch.uint8)
     if not call.return_state:
-        return y, norm, norm.new_empty(0), norm.new_empty(0)
-    return y, norm, norm.new_empty(call.b, call.h_kv, call.rows, call.e), norm.new_empty(call.b, call.h_kv, call.rows)
+        return y, norm, saved, norm.new_empty(0), norm.new_empty(0)
+    return y, norm, saved, norm.new_empty(call.b, call.h_kv, call.rows, call.e), norm.new_empty(call.b, call.h_kv, call.rows)
 
 
 @_operator
@@ -98,6 +105,7 @@ def power_attention_backward(
     z0: Tensor | None,
     y: Tensor,
     norm: Tensor,
+    saved: Tensor,
     dy: Tensor,
     ds: Tensor | None,
     dz: Tensor | None,
@@ -109,17 +117,18 @@ def power_attention_backward(
     chunk_size: int,
     return_state: bool,
     implementation: str,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dlog_g, ds0, dz0 of a checked call; those of absent arguments have shape [0]."""
-    options = deg, scale, causal, normalize, form, chunk_size, return_state, implementation
+    options = deg, scale, causal, normalize, form, chunk_size, return_state, implementation, save
     call, chosen = _call(q, k, v, log_g, s0, z0, options)
     with torch.autocast(q.device.type, enabled=False):
-        dq, dk, dv, *optional = chosen.backward(call, q, k, v, log_g, s0, z0, y, norm, dy, ds, dz)
+        dq, dk, dv, *optional = chosen.backward(call, q, k, v, log_g, s0, z0, y, norm, dy, ds, dz, **_buffer(saved))
     return dq, dk, dv, *(_present(x, norm) for x in optional)
 
 
 @torch.library.register_fake("torch_power::power_attention_backward")
-def _(q, k, v, log_g, s0, z0, y, norm, dy, ds, dz, *options):
+def _(q, k, v, log_g, s0, z0, y, norm, saved, dy, ds, dz, *options):
     def like(x: Tensor | None) -> Tensor:
         return norm.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -127,12 +136,18 @@ def _(q, k, v, log_g, s0, z0, y, norm, dy, ds, dz, *options):
 
 
 def _fold_batch(operator: Any) -> Callable[..., Any]:
-    """vmap by folding the mapped axis into the batch, where every implementation is already parallel."""
+    """vmap by folding the mapped axis into the batch, where every implementation is already parallel.
+
+    The buffer `saved` is of the folded call and has no mapped axis. A gradient that is mapped although its forward pass was not
+    has none that fits.
+    """
 
     def rule(info, in_dims, *args):
         def fold(x, axis):
             if not isinstance(x, Tensor):
                 return x
+            if x.dtype == torch.uint8:
+                return x if any(axis is not None for axis in in_dims[:6]) else x[:0]
             x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
             return x.flatten(0, 1)
 
@@ -174,21 +189,21 @@ class PowerAttention(torch.autograd.Function):
     # Every argument by name: torch.compile counts them to tell this signature from one that takes a context.
     @staticmethod
     def forward(
-        q, k, v, log_g, s0, z0, deg, scale, causal, normalize, form, chunk_size, return_state, implementation
+        q, k, v, log_g, s0, z0, deg, scale, causal, normalize, form, chunk_size, return_state, implementation, save
     ):  # fmt: skip
         return power_attention(
-            q, k, v, log_g, s0, z0, deg, scale, causal, normalize, form, chunk_size, return_state, implementation
+            q, k, v, log_g, s0, z0, deg, scale, causal, normalize, form, chunk_size, return_state, implementation, save
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.options, ctx.return_state = inputs[6:], inputs[12]
-        y, norm, s, z = output
-        ctx.mark_non_differentiable(norm, *(() if ctx.return_state else (s, z)))
-        ctx.save_for_backward(*inputs[:6], y, norm)
+        y, norm, saved, s, z = output
+        ctx.mark_non_differentiable(norm, saved, *(() if ctx.return_state else (s, z)))
+        ctx.save_for_backward(*inputs[:6], y, norm, saved)
 
     @staticmethod
-    def backward(ctx, dy, _, ds, dz):
+    def backward(ctx, dy, _norm, _saved, ds, dz):
         arrays = ctx.saved_tensors
         dstate = (ds, dz) if ctx.return_state else (None, None)
         # torch.compile cannot trace a Function inside another's backward; it has no second derivatives to guard against.

@@ -113,9 +113,10 @@ def power_attention(
     name = CHOICE.choose("power_attention", call, implementation, q.device.type)
     call = ops.POWER[name].plan(call)
     s0, z0 = (None, None) if initial_state is None else initial_state
-    y, _, s, z = ops.PowerAttention.apply(
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, log_g, s0, z0))
+    y, _, _, s, z = ops.PowerAttention.apply(
         q, k, v, log_g, s0, z0, call.deg, call.scale, call.causal, call.normalize, call.form, call.chunk_size,
-        call.return_state, name,
+        call.return_state, name, save,
     )  # fmt: skip
     y = y.to(v.dtype)
     return (y, PowerState(s, z)) if return_state else y

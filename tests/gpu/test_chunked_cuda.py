@@ -39,8 +39,8 @@ def to_torch(x: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(x).cuda()
 
 
-def run(case: cases.Case, arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Outputs and gradients of the raw implementation, by the oracle's names."""
+def run(case: cases.Case, arrays: dict[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of the raw implementation, by the oracle's names; `keep` hands states to the backward pass."""
     q, k, v, dy = (arrays[name] for name in ("q", "k", "v", "dy"))
     log_g, s0, z0, ds, dz = (arrays.get(name) for name in ("log_g", "s0", "z0", "ds", "dz"))
     options = {name: getattr(case, name) for name in ("deg", "scale", "causal", "normalize", "return_state")}
@@ -48,8 +48,9 @@ def run(case: cases.Case, arrays: dict[str, torch.Tensor]) -> dict[str, torch.Te
     reason = power.supports(call, "cuda")
     if reason is not None:
         pytest.skip(reason)
-    y, norm, s, z = power.forward(call, q, k, v, log_g, s0, z0)
-    gradients = power.backward(call, q, k, v, log_g, s0, z0, y, norm, dy, ds, dz)
+    saved = torch.empty(power.saved_bytes(call), dtype=torch.uint8, device="cuda") if keep else None
+    y, norm, s, z = power.forward(call, q, k, v, log_g, s0, z0, saved)
+    gradients = power.backward(call, q, k, v, log_g, s0, z0, y, norm, dy, ds, dz, saved)
     got = {"y": y, "s": s, "z": z} | dict(zip(GRADIENTS, gradients, strict=True))
     return {name: x for name, x in got.items() if x is not None}
 
@@ -99,6 +100,52 @@ def test_two_hundred_runs_give_equal_bits() -> None:
     want = run(case, arrays)
     for _ in range(200):
         assert_equal_bits(run(case, arrays), want)
+
+
+@pytest.mark.parametrize("changes", [{}, {"h_q": 4}, {"d": 96, "e": 64}, {"t": 2048}, {"normalize": False}], ids=str)
+def test_saved_states_or_states_worked_out_again(changes: dict) -> None:
+    """Also where gradients serve as scratch memory: t a multiple of the chunk, d one of the padding."""
+    case, arrays = random_case(**({"t": 2500, "initial_state": True, "return_state": True} | changes))
+    assert_equal_bits(run(case, arrays, keep=False), run(case, arrays))
+
+
+def test_what_is_kept_between_the_passes(monkeypatch) -> None:
+    """The states when a gradient will be wanted, and only then; nothing when told so; the same gradients."""
+    _, arrays = random_case(1200)
+    leaves = [arrays[name].requires_grad_() for name in ("q", "k", "v", "log_g")]
+
+    def kept_and_gradients() -> tuple[int, tuple[torch.Tensor, ...]]:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        y = torch_power.power_attention(*leaves, form="chunked", implementation="cuda")
+        return torch.cuda.memory_allocated() - before, torch.autograd.grad(y, leaves, arrays["dy"])
+
+    call = spec.check_power(*leaves, deg=2, form="chunked")
+    states = power.saved_bytes(call)
+    with_states, want = kept_and_gradients()
+    with torch.no_grad():
+        before = torch.cuda.memory_allocated()
+        y = torch_power.power_attention(*leaves, form="chunked", implementation="cuda")
+        assert torch.cuda.memory_allocated() - before < states <= with_states
+        del y
+    monkeypatch.setattr(power, "KEEP_STATES", False)
+    without, got = kept_and_gradients()
+    assert without <= with_states - states
+    assert_equal_bits(dict(enumerate(got)), dict(enumerate(want)))
+
+
+def test_vmap_over_upstream_gradients() -> None:
+    """A gradient mapped over dy, behind a forward pass that was not: its states do not fit the folded batch."""
+    _, arrays = random_case(700)
+    inputs = tuple(arrays[name] for name in ("q", "k", "v", "log_g"))
+
+    def attend(*x: torch.Tensor) -> torch.Tensor:
+        return torch_power.power_attention(*x, form="chunked", implementation="cuda")
+
+    upstream = torch.stack([arrays["dy"], arrays["dy"].flip(1)])
+    _, pull_back = torch.func.vjp(attend, *inputs)
+    for name, got, *want in zip("qkvg", torch.vmap(pull_back)(upstream), *map(pull_back, upstream), strict=True):
+        assert torch.equal(got, torch.stack(want)), name
 
 
 def test_nothing_depends_on_what_memory_held() -> None:

@@ -79,6 +79,7 @@ typedef struct PowerAttentionShape {
   int32_t dtype;     /* of q, k, v, y and their gradients */
   int32_t causal;    /* 0 or 1 */
   int32_t normalize; /* 0 or 1 */
+  int32_t saved;     /* 0 or 1: the arrays come with `saved` */
 } PowerAttentionShape;
 
 /* Axes: q, y, dq, dy [b, t, h_q, d or e];  k, v, dk, dv [b, t_kv, h_kv, d or e];  log_g, dlog_g [b, t, h_kv];
@@ -86,12 +87,16 @@ typedef struct PowerAttentionShape {
  * log_g, states, norm and their gradients are float32, or float64 when `dtype` is.
  * y and dy are float32 (float64) as well where an implementation leaves the rounding to its caller, as the CPU's does.
  * norm: the row normaliser of the row q' the kernel worked with (q times a power of two with normalize = 1); opaque to the
- * caller, handed from forward to backward of the same implementation. */
+ * caller, handed from forward to backward of the same implementation.
+ * saved: where an operation has `power_OP_saved_DEV`, that many bytes, aligned to 256, of what its forward pass found out and its backward pass
+ * would otherwise work out again; opaque. Its strides and dtype are not read. Forward and backward get the same shape; the same bits come out
+ * with and without it. */
 typedef struct PowerAttentionArrays {
   PowerArray q, k, v, log_g, s0, z0;       /* inputs; log_g, s0, z0 may be absent */
   PowerArray y, norm, s, z;                /* written by forward (s, z unless absent); y and norm are read by backward */
   PowerArray dy, ds, dz;                   /* read by backward; ds, dz may be absent, meaning zero */
   PowerArray dq, dk, dv, dlog_g, ds0, dz0; /* written by backward; dlog_g, ds0, dz0 unless absent */
+  PowerArray saved;                        /* written by forward, read by backward; may be absent in either */
 } PowerAttentionArrays;
 
 POWER_API int64_t power_attention_forward_workspace_cpu(const PowerAttentionShape *, const void *stream);

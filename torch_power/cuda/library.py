@@ -18,6 +18,7 @@ from bridge import spec
 from torch_power import _library
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
+_DTYPE_NAMES = {str(dtype).removeprefix("torch."): number for dtype, number in _DTYPES.items()}
 _FORMS = {"attention": 0, "chunked": 1, "recurrent": 2}
 _ERRORS = {1: NotImplementedError, 2: ValueError}
 
@@ -34,7 +35,7 @@ class Shape(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("b", "t", "t_kv", "h_q", "h_kv", "d", "e", "chunk_size")),
         ("scale", ctypes.c_double),
-        *((name, ctypes.c_int32) for name in ("deg", "form", "dtype", "causal", "normalize")),
+        *((name, ctypes.c_int32) for name in ("deg", "form", "dtype", "causal", "normalize", "saved")),
     )
 
 
@@ -43,7 +44,7 @@ class Arrays(ctypes.Structure):
 
     _fields_ = tuple(
         (name, Array)
-        for name in "q k v log_g s0 z0 y norm s z dy ds dz dq dk dv dlog_g ds0 dz0".split()
+        for name in "q k v log_g s0 z0 y norm s z dy ds dz dq dk dv dlog_g ds0 dz0 saved".split()
     )  # fmt: skip
 
 
@@ -94,7 +95,24 @@ def _entry(operation: str) -> tuple[Any, Any]:
 
 def describe(x: Tensor) -> Array:
     """A tensor of at most four axes as a PowerArray."""
-    return Array(x.data_ptr(), (ctypes.c_int64 * 4)(*x.stride()), _DTYPES[x.dtype])
+    return Array(x.data_ptr(), (ctypes.c_int64 * 4)(*x.stride()), _DTYPES.get(x.dtype, 0))
+
+
+def shape_of(call: spec.PowerCall, saved: bool = False) -> Shape:
+    """The call as a PowerAttentionShape."""
+    return Shape(
+        call.b, call.t, call.t_kv, call.h_q, call.h_kv, call.d, call.e, call.chunk_size, call.scale,
+        call.deg, _FORMS[call.form], _DTYPE_NAMES[call.dtypes[0]], call.causal, call.normalize, saved,
+    )  # fmt: skip
+
+
+def saved_bytes(operation: str, call: spec.PowerCall) -> int:
+    """What power_<operation>_saved_sm90 says: bytes that the forward pass can hand to the backward pass."""
+    function = getattr(load(), f"power_{operation}_saved_sm90")
+    function.restype, function.argtypes = ctypes.c_int64, (ctypes.c_void_p, ctypes.c_void_p)
+    size = function(ctypes.addressof(shape_of(call)), None)
+    _check(1 if size < 0 else 0)
+    return size
 
 
 def run(operation: str, call: spec.PowerCall, arrays: Mapping[str, Tensor | None]) -> None:
@@ -107,10 +125,7 @@ def run(operation: str, call: spec.PowerCall, arrays: Mapping[str, Tensor | None
     """
     workspace_bytes, entry = _entry(operation)
     q = arrays["q"]
-    shape = Shape(
-        call.b, call.t, call.t_kv, call.h_q, call.h_kv, call.d, call.e, call.chunk_size, call.scale,
-        call.deg, _FORMS[call.form], _DTYPES[q.dtype], call.causal, call.normalize,
-    )  # fmt: skip
+    shape = shape_of(call, arrays.get("saved") is not None)
     described = Arrays(**{name: describe(x) for name, x in arrays.items() if x is not None})
     with torch.cuda.device(q.device):
         stream = torch.cuda.current_stream().cuda_stream

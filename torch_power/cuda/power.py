@@ -24,6 +24,11 @@ CROSSING = {
 }
 
 
+# Whether the chunked form's states are kept from the forward to the backward pass when a gradient will be wanted: 2·D·e bytes a
+# chunk and head (at b = 1, t = 65536, h = 8, d = 64: 164 MB). False: the backward pass works them out again, to the same bits.
+KEEP_STATES = True
+
+
 def plan(call: spec.PowerCall) -> spec.PowerCall:
     """Replace a form that was left open by the one that is faster here, forward and backward together.
 
@@ -57,12 +62,27 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
     return _missing()
 
 
+def saved_bytes(call: spec.PowerCall) -> int:
+    """Size of the buffer `saved` of forward and backward; 0 where nothing is kept."""
+    if call.form == "attention" and not (call.has_state or call.return_state):
+        return 0
+    return library.saved_bytes("chunked", call) if KEEP_STATES and not _empty(call) else 0
+
+
 def forward(
-    call: spec.PowerCall, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, s0: Tensor | None, z0: Tensor | None
+    call: spec.PowerCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor | None,
+    s0: Tensor | None,
+    z0: Tensor | None,
+    saved: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """y `[b, t, h_q, e]` in the dtype of v, norm `[b, t, h_q]` float32, and the final state (None unless asked for).
 
     A call with a state, and one of form 'recurrent', is served by the chunked kernels whatever the form: the sums are the same.
+    `saved`, `saved_bytes(call)` long, takes what the backward pass would otherwise work out again.
     """
     if call.form == "attention" and not (call.has_state or call.return_state):
         return attention.forward(call, q, k, v, log_g, s0, z0)
@@ -78,7 +98,7 @@ def forward(
             z.zero_() if z0 is None else z.copy_(z0)
         return y, norm, s, z
     arrays = {"q": _scaled(call, q), "k": k, "v": v, "log_g": log_g, "s0": s0, "z0": z0, "y": y, "norm": norm, "s": s, "z": z}
-    library.run("chunked_forward", call, arrays)
+    library.run("chunked_forward", call, arrays | {"saved": saved})
     return y, norm, s, z
 
 
@@ -95,10 +115,11 @@ def backward(
     dy: Tensor,
     ds: Tensor | None,
     dz: Tensor | None,
+    saved: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, log_g, s0, z0 in the dtypes of those arguments (None where the argument is None).
 
-    States are recomputed, so that a forward pass keeps y and norm alone. Every sum has one order: two runs give equal bits.
+    Without `saved`, states are worked out again. Every sum has one order: two runs, with `saved` or without, give equal bits.
     """
     if call.form == "attention" and not (call.has_state or call.return_state):
         return attention.backward(call, q, k, v, log_g, s0, z0, y, norm, dy, ds, dz)
@@ -113,7 +134,7 @@ def backward(
     arrays = {"q": _scaled(call, q), "k": k, "v": v, "log_g": log_g, "s0": s0, "z0": z0, "y": y, "norm": norm.contiguous()}
     arrays |= {"dy": dy.to(v.dtype), "ds": ds, "dz": dz}
     arrays |= dict(zip(("dq", "dk", "dv", "dlog_g", "ds0", "dz0"), gradients, strict=True))
-    library.run("chunked_backward", call, arrays)
+    library.run("chunked_backward", call, arrays | {"saved": saved})
     return tuple(gradients)
 
 

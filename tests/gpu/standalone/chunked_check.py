@@ -66,7 +66,14 @@ def check_case(lib, name, normalize=True, backward=True, **case):
         first = {n: bwd.tensors[f"d{n}"].clone() for n in ("q", "k", "v", "log_g", "s0", "z0") if f"d{n}" in bwd.tensors}
         bwd()
         torch.cuda.synchronize()
-        same = all(torch.equal(x.view(torch.uint8), bwd.tensors[f"d{n}"].view(torch.uint8)) for n, x in first.items())
+        again = driver.backward(lib, fwd, *upstream, saved=False)
+        again()
+        torch.cuda.synchronize()
+        same = all(
+            torch.equal(x.view(torch.uint8), y.tensors[f"d{n}"].view(torch.uint8))
+            for n, x in first.items()
+            for y in (bwd, again)
+        )
         torch.autograd.backward(
             *zip(*((w, u.double()) for w, u in zip(want, upstream, strict=True) if u is not None), strict=True)
         )
@@ -98,11 +105,13 @@ def time_case(lib, b, t, h, d, gates="mild", dtype=torch.bfloat16, backward=True
     print("   ", driver.kernel_times(fwd), flush=True)
     if backward:
         fwd.workspace = None
-        bwd = driver.backward(lib, fwd, torch.randn_like(v))
-        bwd()
-        torch.cuda.synchronize()
-        result |= {"backward": driver.milliseconds(bwd), "backward_workspace": bwd.bytes}
-        print(f"    backward {result['backward']:.3f} ms, workspace {bwd.bytes >> 20} MB", flush=True)
+        for saved in (False, True):
+            bwd = driver.backward(lib, fwd, torch.randn_like(v), saved=saved)
+            bwd()
+            torch.cuda.synchronize()
+            name = "backward, states saved" if saved else "backward"
+            result |= {name: driver.milliseconds(bwd), f"{name}, workspace": bwd.bytes}
+            print(f"    {name} {result[name]:.3f} ms, workspace {bwd.bytes >> 20} MB", flush=True)
         print("   ", driver.kernel_times(bwd), flush=True)
     return result
 
@@ -128,7 +137,9 @@ def main() -> None:
         torch.cuda.synchronize()
     if "time" in sys.argv:
         results["time"] = [
-            time_case(lib, *shape, backward=backward) for shape in ((1, 65536, 8, 64), (1, 16384, 8, 64), (1, 65536, 8, 128))
+            time_case(lib, *shape, backward=backward)
+            for shape in ((1, 65536, 8, 64), (1, 16384, 8, 64), (1, 65536, 8, 128))
+            if shape[3] == 64 or "flagship" not in sys.argv
         ]
     if sys.argv[-1].endswith(".json"):
         with open(sys.argv[-1], "w") as f:

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}
 
 
 class Array(ctypes.Structure):
@@ -20,10 +20,10 @@ class Array(ctypes.Structure):
 class Shape(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int64) for n in ("b", "t", "t_kv", "h_q", "h_kv", "d", "e", "chunk_size")]
     _fields_ += [("scale", ctypes.c_double)]
-    _fields_ += [(n, ctypes.c_int32) for n in ("deg", "form", "dtype", "causal", "normalize")]
+    _fields_ += [(n, ctypes.c_int32) for n in ("deg", "form", "dtype", "causal", "normalize", "saved")]
 
 
-NAMES = "q k v log_g s0 z0 y norm s z dy ds dz dq dk dv dlog_g ds0 dz0".split()
+NAMES = "q k v log_g s0 z0 y norm s z dy ds dz dq dk dv dlog_g ds0 dz0 saved".split()
 
 
 class Arrays(ctypes.Structure):
@@ -33,10 +33,8 @@ class Arrays(ctypes.Structure):
 def library(path: str) -> ctypes.CDLL:
     lib = ctypes.CDLL(path)
     lib.power_last_error.restype = ctypes.c_char_p
-    for pass_ in ("forward", "backward"):
-        workspace = getattr(lib, f"power_chunked_{pass_}_workspace_sm90", None)
-        if workspace is not None:
-            workspace.restype = ctypes.c_int64
+    for name in ("saved", "forward_workspace", "backward_workspace"):
+        getattr(lib, f"power_chunked_{name}_sm90").restype = ctypes.c_int64
     return lib
 
 
@@ -86,7 +84,7 @@ def state_rows(d: int) -> int:
     return (d // 8) * (d // 8 + 1) // 2 * 64
 
 
-def forward(lib, q, k, v, log_g=None, s0=None, z0=None, *, scale=None, normalize=True, return_state=True) -> Runner:
+def forward(lib, q, k, v, log_g=None, s0=None, z0=None, *, scale=None, normalize=True, return_state=True, saved=True) -> Runner:
     def poisoned(*size, dtype=torch.float32):
         return torch.full(size, math.nan, dtype=dtype, device="cuda")
 
@@ -95,14 +93,23 @@ def forward(lib, q, k, v, log_g=None, s0=None, z0=None, *, scale=None, normalize
     out = {"y": poisoned(b, t, h_q, e, dtype=v.dtype), "norm": poisoned(b, t, h_q)}
     if return_state:
         out |= {"s": poisoned(b, h_kv, state_rows(d), e), "z": poisoned(b, h_kv, state_rows(d))}
+    shape = make_shape(q, k, v, scale, normalize)
+    shape.saved = int(saved)
+    if saved:
+        size = lib.power_chunked_saved_sm90(ctypes.byref(shape), None)
+        out["saved"] = torch.full((size,), 255, dtype=torch.uint8, device="cuda")
     tensors = {"q": q, "k": k, "v": v, "log_g": log_g, "s0": s0, "z0": z0, **out}
-    return Runner(lib, "forward", make_shape(q, k, v, scale, normalize), tensors)
+    return Runner(lib, "forward", shape, tensors)
 
 
-def backward(lib, fwd: Runner, dy, ds=None, dz=None) -> Runner:
-    x = fwd.tensors
+def backward(lib, fwd: Runner, dy, ds=None, dz=None, *, saved=True) -> Runner:
+    x = dict(fwd.tensors)
+    if not saved:
+        x.pop("saved", None)
     grads = {f"d{n}": torch.full_like(x[n], math.nan) for n in ("q", "k", "v", "log_g", "s0", "z0") if x[n] is not None}
-    return Runner(lib, "backward", fwd.shape, {**x, "dy": dy, "ds": ds, "dz": dz, **grads})
+    shape = Shape.from_buffer_copy(fwd.shape)
+    shape.saved = int("saved" in x)
+    return Runner(lib, "backward", shape, {**x, "dy": dy, "ds": ds, "dz": dz, **grads})
 
 
 # -- oracle -----------------------------------------------------------------------------------------------------------
@@ -201,4 +208,5 @@ def kernel_times(run) -> dict[str, float]:
     return {
         e.key.rsplit("(", 1)[0].replace("void ", "").replace("power::", ""): round(e.self_device_time_total / 5000, 4)
         for e in profile.key_averages()
+        if e.self_device_time_total
     }

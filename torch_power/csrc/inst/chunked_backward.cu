@@ -1,5 +1,6 @@
-/* Entry points of the chunked backward pass: the forward's states again, dq from them; then the state gradient in their place, dk and dv
- * from it; then the gates. */
+/* Entry points of the chunked backward pass: the forward's states, saved or worked out again, and dq from them; then the state gradient, dk and
+ * dv from it; then the gates. */
+#include <algorithm>
 #include "../power/abi_chunked.h"
 #include "../power/chunked_host.cuh"
 
@@ -8,72 +9,71 @@ using namespace power;
 namespace {
 
 struct BackwardWorkspace {
-  unsigned *maxima;
-  Gates gates;
+  Arena arena, saved_arena;
+  Saved saved;
+  unsigned *maxima; /* of dy, ds, dz */
   RowFactors rows;
-  __half *k, *v, *q, *dy, *transposed, *row_values, *states, *moments; /* transposed: of k, then of q; states: of S, then of dS */
+  __half *q, *dy, *k, *v, *transposed, *moment_weights; /* transposed: of k, then of q; null: dk, which is written last, is as large */
+  __half *gradient_states, *gradient_moments;
   int *state_units, *moment_units;
   float2 *column;
   GateSums *gate_sums;
-  int64_t bytes;
-  BackwardWorkspace(void *base, const Sizes &z) {
-    Arena arena(base);
+  BackwardWorkspace(void *base, void *saved_base, bool has_saved, const Sizes &z)
+      : arena(base), saved_arena(saved_base), saved(has_saved ? saved_arena : arena, z) {
     const int64_t heads = int64_t(z.b) * z.h_kv, q_heads = int64_t(z.b) * z.h_q, tokens = q_heads * z.tokens;
-    maxima = arena.take<unsigned>(MAXIMA * heads);
-    gates = take_gates(arena, z);
+    maxima = arena.take<unsigned>(3 * heads);
     rows.q_scale = arena.take<float>(tokens), rows.dy_scale = arena.take<float>(tokens), rows.h = arena.take<float>(tokens);
     rows.h_decayed = arena.take<float>(tokens), rows.delta = arena.take<float>(tokens), rows.state_weight = arena.take<float>(tokens);
     rows.state_part = arena.take<float>(tokens), rows.tile_weight = arena.take<float>(q_heads * z.tiles);
-    k = arena.take<__half>(staged_count(z, heads, z.padded_d)), v = arena.take<__half>(staged_count(z, heads, z.padded_e));
     q = arena.take<__half>(staged_count(z, q_heads, z.padded_d)), dy = arena.take<__half>(staged_count(z, q_heads, z.padded_e));
-    transposed = arena.take<__half>(staged_count(z, q_heads, z.padded_d));
-    row_values = arena.take<__half>(tokens);
-    states = arena.take<__half>(states_count(z)), moments = arena.take<__half>(moments_count(z));
-    state_units = arena.take<int>(z.chunks * heads), moment_units = arena.take<int>(z.chunks * heads);
+    const bool in_dk = z.tokens == z.t && z.d == z.padded_d && z.group == 1;
+    transposed = in_dk ? nullptr : arena.take<__half>(staged_count(z, q_heads, z.padded_d));
+    moment_weights = arena.take<__half>(tokens);
+    const int64_t k_count = staged_count(z, heads, z.padded_d), v_count = staged_count(z, heads, z.padded_e);
+    if (has_saved) { /* staged keys and values have been read when the state gradient is written */
+      gradient_states = arena.take<__half>(std::max(states_count(z), k_count + v_count)), k = gradient_states, v = k == nullptr ? k : k + k_count;
+      gradient_moments = arena.take<__half>(moments_count(z));
+      state_units = arena.take<int>(z.chunks * heads), moment_units = arena.take<int>(z.chunks * heads);
+    } else { /* so have the states, which have to be worked out from them */
+      k = arena.take<__half>(k_count), v = arena.take<__half>(v_count);
+      gradient_states = saved.states, gradient_moments = saved.moments, state_units = saved.state_units, moment_units = saved.moment_units;
+    }
     column = arena.take<float2>(heads * z.tokens);
     gate_sums = arena.take<GateSums>(heads * z.chunks);
-    bytes = arena.used();
   }
 };
 
 template <typename In>
 cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a, const Sizes &z, const BackwardWorkspace &w, cudaStream_t stream) {
   const int64_t heads = int64_t(z.b) * z.h_kv, q_heads = int64_t(z.b) * z.h_q;
-  const Maxima maxima = take_maxima(w.maxima, heads);
+  const Saved &x = w.saved;
   const auto floats = [](const PowerArray &x) { return static_cast<float *>(x.data); };
+  const Maxima maxima{x.maxima, x.maxima + heads, w.maxima, w.maxima + heads, w.maxima + 2 * heads};
   const float *s0 = floats(a.s0), *z0 = floats(a.z0);
-  const int normalize = shape.normalize, exponent = score_exponent(z.padded_d);
-  const auto update_state = [&](const UpdateParams &update) {
-    return dispatch_sizes(z, [&](auto d, auto e) { return UpdateLaunch<d.value, e.value>::update(update, stream); });
-  };
+  __half *transposed = w.transposed != nullptr ? w.transposed : static_cast<__half *>(a.dk.data);
+  const int normalize = shape.normalize;
 
-  if (cudaError_t error = cudaMemsetAsync(w.maxima, 0, MAXIMA * heads * sizeof(unsigned), stream)) return error;
-  const MeasureParams measure{z, make_view(a.k), make_view(a.v), make_view(a.log_g), s0, z0, w.gates, maxima};
-  measure_kernel<In><<<dim3(z.chunks, unsigned(heads)), MEASURE_THREADS, 0, stream>>>(measure);
+  if (cudaError_t error = cudaMemsetAsync(w.maxima, 0, 3 * heads * sizeof(unsigned), stream)) return error;
+  if (!shape.saved)
+    if (cudaError_t error = measure<In>(shape, a, z, x, stream)) return error;
+  const PrepareBackwardParams prepare{z, make_view(a.q), make_view(a.y), make_view(a.dy), floats(a.norm), x.gates, w.rows, maxima, normalize,
+                                      s0 != nullptr, score_exponent(z.padded_d), float(shape.scale * shape.scale)};
+  prepare_backward_kernel<In><<<z.tiles * q_heads, PREPARE_THREADS, 0, stream>>>(prepare);
   if (cudaError_t error = cudaGetLastError()) return error;
-  const PrepareBackwardParams prepare{z, make_view(a.q), make_view(a.y), make_view(a.dy), floats(a.norm), w.gates, w.rows, maxima, normalize,
-                                      s0 != nullptr, exponent, float(shape.scale * shape.scale)};
-  prepare_backward_kernel<In><<<dim3(z.tiles, unsigned(q_heads)), PREPARE_THREADS, 0, stream>>>(prepare);
-  if (cudaError_t error = cudaGetLastError()) return error;
-  const StageParams stage_k{z,   make_view(a.k), z.h_kv, z.d, maxima.k, K_RANGE, w.k, w.transposed, w.gates.chunk_decay, nullptr, nullptr,
-                            nullptr, nullptr};
-  const StageParams stage_v{z, make_view(a.v), z.h_kv, z.e, maxima.v, V_RANGE, w.v, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
-  const StageParams stage_dy{z,       make_view(a.dy), z.h_q, z.e, maxima.dy, DY_RANGE, w.dy, nullptr, nullptr, w.rows.dy_scale,
-                             normalize ? w.rows.delta : nullptr, w.row_values, maxima.v};
+  const StageParams stage_k{z, make_view(a.k), z.h_kv, z.d, maxima.k, K_RANGE, w.k, shape.saved ? nullptr : transposed, x.gates.chunk_decay,
+                            w.moment_weights, 0, nullptr};
+  const StageParams stage_v{z, make_view(a.v), z.h_kv, z.e, maxima.v, V_RANGE, w.v, nullptr, nullptr, nullptr, 0, nullptr};
+  const StageParams stage_dy{z, make_view(a.dy), z.h_q, z.e, maxima.dy, DY_RANGE, w.dy, nullptr, nullptr, nullptr, 0, w.rows.dy_scale};
   if (cudaError_t error = stage<In>(stage_k, z.padded_d, Scaling::HEAD, stream)) return error;
   if (cudaError_t error = stage<In>(stage_v, z.padded_e, Scaling::HEAD, stream)) return error;
   if (cudaError_t error = stage<In>(stage_dy, z.padded_e, Scaling::HEAD, stream)) return error;
-  if (z.chunks > 1 || s0 != nullptr) {
-    const UpdateParams update{z, w.k, w.transposed, w.v, nullptr, 1, 0, w.gates.chunk_sum, w.gates.chunk_weight, 1, w.states, w.moments, w.state_units,
-                              w.moment_units, s0, z0, nullptr, nullptr, maxima, 2 * K_RANGE + V_RANGE + 1, 2 * K_RANGE, 0};
-    if (cudaError_t error = update_state(update)) return error;
-  }
+  if (!shape.saved && (z.chunks > 1 || s0 != nullptr))
+    if (cudaError_t error = update_state(forward_update(z, x, w.k, transposed, w.v, w.moment_weights, s0, z0, nullptr, nullptr), stream)) return error;
   /* k's transposed tiles have been read: q's take their place. */
-  const StageParams stage_q{z,   make_view(a.q), z.h_q, z.d, nullptr, Q_RANGE, w.q, w.transposed, w.rows.state_weight, w.rows.q_scale, nullptr,
-                            nullptr, nullptr};
+  const StageParams stage_q{z, make_view(a.q), z.h_q, z.d, nullptr, Q_RANGE, w.q, transposed, w.rows.state_weight, w.moment_weights, 1, w.rows.q_scale};
   if (cudaError_t error = stage<In>(stage_q, z.padded_d, Scaling::ROW, stream)) return error;
-  const GradientQParams gradient_q{z, make_view(a.dq), w.q, w.dy, w.k, w.v, w.states, w.moments, w.state_units, w.moment_units, w.gates, w.rows,
-                                   w.row_values, maxima, s0 != nullptr, normalize};
+  const GradientQParams gradient_q{z, make_view(a.dq), w.q, w.dy, w.k, w.v, x.states, x.moments, x.state_units, x.moment_units, x.gates, w.rows,
+                                   w.moment_weights, maxima, s0 != nullptr, normalize};
   if (cudaError_t error = dispatch_sizes(z, [&](auto d, auto e) { return GradientLaunch<In, d.value, e.value>::q(gradient_q, stream); })) return error;
 
   const float *ds = floats(a.ds), *dz = floats(a.dz);
@@ -83,13 +83,13 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
     if (cudaError_t error = cudaGetLastError()) return error;
   }
   if (z.chunks > 1 || ds != nullptr || a.ds0.data != nullptr) {
-    const UpdateParams update{z, w.q, w.transposed, w.dy, w.row_values, z.group, 1, w.gates.chunk_sum, w.rows.tile_weight, z.chunk_tiles, w.states, w.moments,
-                              w.state_units, w.moment_units, ds, dz, floats(a.ds0), floats(a.dz0), maxima, 2 * Q_RANGE + DY_RANGE + 1,
-                              2 * Q_RANGE + 7, STATE_GRADIENT_SHIFT};
-    if (cudaError_t error = update_state(update)) return error;
+    const UpdateParams update{z, w.q, transposed, w.dy, w.moment_weights, z.group, 1, x.gates.chunk_sum, w.rows.tile_weight, z.chunk_tiles,
+                              w.gradient_states, w.gradient_moments, w.state_units, w.moment_units, ds, dz, floats(a.ds0), floats(a.dz0), maxima,
+                              2 * Q_RANGE + DY_RANGE + 1, 2 * Q_RANGE + 7, STATE_GRADIENT_SHIFT};
+    if (cudaError_t error = update_state(update, stream)) return error;
   }
-  const GradientKVParams gradient_kv{z, make_view(a.dk), make_view(a.dv), w.q, w.dy, w.k, w.v, w.states, w.moments, w.state_units, w.moment_units,
-                                     w.gates, w.rows, maxima, w.column, ds != nullptr, normalize};
+  const GradientKVParams gradient_kv{z, make_view(a.k), make_view(a.v), make_view(a.dk), make_view(a.dv), w.q, w.dy, w.gradient_states,
+                                     w.gradient_moments, w.state_units, w.moment_units, x.gates, w.rows, maxima, w.column, ds != nullptr, normalize};
   if (cudaError_t error = dispatch_sizes(z, [&](auto d, auto e) { return GradientLaunch<In, d.value, e.value>::kv(gradient_kv, stream); })) return error;
   if (a.dlog_g.data != nullptr) {
     const GateGradientParams gate{z, make_view(a.log_g), w.column, w.rows.delta, w.rows.state_part, normalize, s0, z0,
@@ -102,21 +102,27 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
   return cudaGetLastError();
 }
 
+bool contiguous(const PowerAttentionShape &s, const PowerArray &dk) {
+  return dk.stride[3] == 1 && dk.stride[2] == s.d && dk.stride[1] == s.h_kv * s.d && (s.b == 1 || dk.stride[0] == s.t * s.h_kv * s.d) &&
+         (reinterpret_cast<uintptr_t>(dk.data) & 15) == 0;
+}
+
 }  // namespace
 
 int64_t power_chunked_backward_workspace_sm90(const PowerAttentionShape *shape, const void *) {
   if (const char *why = unsupported(*shape)) return power_fail(POWER_UNSUPPORTED, "%s", why), -1;
-  return BackwardWorkspace(nullptr, make_sizes(*shape)).bytes;
+  return BackwardWorkspace(nullptr, nullptr, shape->saved, make_sizes(*shape)).arena.used();
 }
 
 int32_t power_chunked_backward_sm90(const PowerAttentionShape *shape, const PowerAttentionArrays *arrays, void *workspace, int64_t workspace_bytes,
                                     void *stream) {
   if (const char *why = unsupported(*shape)) return power_fail(POWER_UNSUPPORTED, "%s", why);
   const Sizes z = make_sizes(*shape);
-  if (z.b == 0 || z.t == 0 || z.h_q == 0) return power_fail(POWER_INVALID, "b, t, h_q: an empty call has nothing to launch");
-  const BackwardWorkspace w(workspace, z);
-  if (workspace_bytes < w.bytes || (reinterpret_cast<uintptr_t>(workspace) & 255))
-    return power_fail(POWER_WORKSPACE, "workspace: %lld bytes, %lld needed, aligned to 256", (long long)workspace_bytes, (long long)w.bytes);
+  if (const char *why = invalid(*shape, *arrays)) return power_fail(POWER_INVALID, "%s", why);
+  const BackwardWorkspace w(workspace, arrays->saved.data, shape->saved, z);
+  if (w.transposed == nullptr && !contiguous(*shape, arrays->dk)) return power_fail(POWER_INVALID, "dk: must be contiguous and aligned to 16 bytes");
+  if (workspace_bytes < w.arena.used() || (reinterpret_cast<uintptr_t>(workspace) & 255))
+    return power_fail(POWER_WORKSPACE, "workspace: %lld bytes, %lld needed, aligned to 256", (long long)workspace_bytes, (long long)w.arena.used());
   const cudaError_t error =
       dispatch_dtype(shape->dtype, [&](auto in) { return run<decltype(in)>(*shape, *arrays, z, w, static_cast<cudaStream_t>(stream)); });
   return error == cudaSuccess ? POWER_OK : power_fail(POWER_DEVICE, "chunked backward: %s", cudaGetErrorString(error));

@@ -44,70 +44,71 @@ struct PrepareBackwardParams {
   float scale_squared;
 };
 
-constexpr int PREPARE_LANES = 8, PREPARE_THREADS = TILE * PREPARE_LANES;
+constexpr int PREPARE_LANES = 8, PREPARE_THREADS = 256, PREPARE_ROWS = PREPARE_THREADS / PREPARE_LANES;
 
-/* One tile; a row is taken by PREPARE_LANES neighbouring lanes, 16 bytes each at a time. */
+/* One tile, in two steps: PREPARE_LANES neighbouring lanes to a row, 16 bytes each at a time, for what a whole row gives; then a thread to a row. */
 template <typename In>
 __global__ void __launch_bounds__(PREPARE_THREADS) prepare_backward_kernel(const __grid_constant__ PrepareBackwardParams p) {
-  __shared__ float largest_smem[PREPARE_THREADS / 32], weight_smem[PREPARE_THREADS / 32];
-  const int tile = blockIdx.x, head = blockIdx.y, batch = head / p.z.h_q, own = head % p.z.h_q, kv = batch * p.z.h_kv + own / p.z.group;
-  const int lane = threadIdx.x & 31, part = threadIdx.x % PREPARE_LANES, token = tile * TILE + threadIdx.x / PREPARE_LANES;
-  const bool inside = token < p.z.t;
-  const int64_t at = int64_t(head) * p.z.tokens + token, gate = int64_t(kv) * p.z.tokens + token;
-  const float den = inside ? p.norm[(int64_t(batch) * p.z.t + token) * p.z.h_q + own] : 0.f;
-  const float tile_prefix = p.gates.tile_prefix[gate], chunk_prefix = p.gates.chunk_prefix[gate];
-  float dot = 0.f, dy_largest = 0.f, q_largest = 0.f;
-  if (inside) {
-    for (int column = part * 8; column < p.z.e; column += PREPARE_LANES * 8) {
-      const uint4 y = load_piece<In>(p.y, batch * p.y.batch + token * p.y.time + own * p.y.head, column, p.z.e);
-      const uint4 dy = load_piece<In>(p.dy, batch * p.dy.batch + token * p.dy.time + own * p.dy.head, column, p.z.e);
-      const uint32_t *a = &y.x, *b = &dy.x;
+  __shared__ float dots[TILE], dy_ranges[TILE], q_ranges[TILE], largest_smem[TILE / 32], weight_smem[TILE / 32];
+  const int heads = p.z.b * p.z.h_q, tile = blockIdx.x / heads, head = blockIdx.x % heads, batch = head / p.z.h_q, own = head % p.z.h_q, kv = batch * p.z.h_kv + own / p.z.group;
+  const int part = threadIdx.x % PREPARE_LANES;
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const float2 u = Pair<In>::unpack(a[j]), v = Pair<In>::unpack(b[j]);
-        dot += u.x * v.x + u.y * v.y;
+  for (int row = threadIdx.x / PREPARE_LANES; row < TILE; row += PREPARE_ROWS) {
+    const int token = tile * TILE + row;
+    float dot = 0.f, dy_largest = 0.f, q_largest = 0.f;
+    if (token < p.z.t) {
+      for (int column = part * 8; column < p.z.e; column += PREPARE_LANES * 8) {
+        const uint4 y = load_piece<In>(p.y, batch * p.y.batch + token * p.y.time + own * p.y.head, column, p.z.e);
+        const uint4 dy = load_piece<In>(p.dy, batch * p.dy.batch + token * p.dy.time + own * p.dy.head, column, p.z.e);
+        const uint32_t *a = &y.x, *b = &dy.x;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const float2 u = Pair<In>::unpack(a[j]), v = Pair<In>::unpack(b[j]);
+          dot += u.x * v.x + u.y * v.y;
+        }
+        dy_largest = fmaxf(dy_largest, largest_of<In>(dy));
       }
-      dy_largest = fmaxf(dy_largest, largest_of<In>(dy));
+      if (!p.normalize)
+        for (int column = part * 8; column < p.z.d; column += PREPARE_LANES * 8)
+          q_largest = fmaxf(q_largest, largest_of<In>(load_piece<In>(p.q, batch * p.q.batch + token * p.q.time + own * p.q.head, column, p.z.d)));
     }
-    if (!p.normalize)
-      for (int column = part * 8; column < p.z.d; column += PREPARE_LANES * 8)
-        q_largest = fmaxf(q_largest, largest_of<In>(load_piece<In>(p.q, batch * p.q.batch + token * p.q.time + own * p.q.head, column, p.z.d)));
-  }
 #pragma unroll
-  for (int offset = PREPARE_LANES / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(~0u, dot, offset);
-  dy_largest = group_max<PREPARE_LANES>(dy_largest), q_largest = group_max<PREPARE_LANES>(q_largest);
-  float largest = 0.f, weight = 0.f;
-  if (part == 0) {
-    float dy_scale = den > 0.f ? 1.f : 0.f;
-    if (!p.normalize) {
-      const float undo = 1.f / row_factor(q_largest);
-      const int k_exponent = scaling_exponent(p.maxima.k[kv], K_RANGE);
-      dy_scale = den * power_of_two(-2 * k_exponent - p.score_exponent) * undo * undo * p.scale_squared;
-    }
-    largest = dy_largest * fabsf(dy_scale);
-    const int l = den > 0.f ? max((ilogbf(den) - p.score_exponent) >> 1, Q_SHIFT - 12) : 0;
-    const float h = den > 0.f ? power_of_two(2 * (l - Q_SHIFT) + p.score_exponent) / den : 0.f;
-    const float decay = exp2f(chunk_prefix);
-    const bool used = tile >= p.z.chunk_tiles || p.has_state; /* the first chunk's gradient only goes to an initial state */
-    /* w q~² < 2^15, or the update's float16 features overflow: reached only by rows nearly orthogonal to all they remember */
-    const float range = power_of_two(15 - 2 * (Q_RANGE + Q_SHIFT - l));
-    p.rows.q_scale[at] = power_of_two(Q_SHIFT - l);
-    p.rows.dy_scale[at] = dy_scale;
-    p.rows.h[at] = h;
-    p.rows.h_decayed[at] = h * exp2f(tile_prefix);
-    p.rows.delta[at] = dot;
-    p.rows.state_weight[at] = used ? fminf(decay * h * power_of_two(STATE_GRADIENT_SHIFT), range) : 0.f;
-    if (used && den > 0.f) weight = decay * power_of_two(p.score_exponent + STATE_GRADIENT_SHIFT) / den;
+    for (int offset = PREPARE_LANES / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(~0u, dot, offset);
+    dy_largest = group_max<PREPARE_LANES>(dy_largest), q_largest = group_max<PREPARE_LANES>(q_largest);
+    if (part == 0) dots[row] = dot, dy_ranges[row] = dy_largest, q_ranges[row] = q_largest;
   }
-  largest = group_max<32>(largest);
+  __syncthreads();
+  if (threadIdx.x >= TILE) return;
+  const int token = tile * TILE + threadIdx.x;
+  const int64_t at = int64_t(head) * p.z.tokens + token, gate = int64_t(kv) * p.z.tokens + token;
+  const float den = token < p.z.t ? p.norm[(int64_t(batch) * p.z.t + token) * p.z.h_q + own] : 0.f;
+  float dy_scale = den > 0.f ? 1.f : 0.f;
+  if (!p.normalize) {
+    const float undo = 1.f / row_factor(q_ranges[threadIdx.x]);
+    const int k_exponent = scaling_exponent(p.maxima.k[kv], K_RANGE);
+    dy_scale = den * power_of_two(-2 * k_exponent - p.score_exponent) * undo * undo * p.scale_squared;
+  }
+  const int l = den > 0.f ? max((ilogbf(den) - p.score_exponent) >> 1, Q_SHIFT - 12) : 0;
+  const float h = den > 0.f ? power_of_two(2 * (l - Q_SHIFT) + p.score_exponent) / den : 0.f;
+  const float decay = exp2f(p.gates.chunk_prefix[gate]);
+  const bool used = tile >= p.z.chunk_tiles || p.has_state; /* the first chunk's gradient only goes to an initial state */
+  /* w q~² < 2^15, or the update's float16 features overflow: reached only by rows nearly orthogonal to all they remember */
+  const float range = power_of_two(15 - 2 * (Q_RANGE + Q_SHIFT - l));
+  p.rows.q_scale[at] = power_of_two(Q_SHIFT - l);
+  p.rows.dy_scale[at] = dy_scale;
+  p.rows.h[at] = h;
+  p.rows.h_decayed[at] = h * exp2f(p.gates.tile_prefix[gate]);
+  p.rows.delta[at] = dots[threadIdx.x];
+  p.rows.state_weight[at] = used ? fminf(decay * h * power_of_two(STATE_GRADIENT_SHIFT), range) : 0.f;
+  const float largest = group_max<32>(dy_ranges[threadIdx.x] * fabsf(dy_scale));
+  float weight = used && den > 0.f ? decay * power_of_two(p.score_exponent + STATE_GRADIENT_SHIFT) / den : 0.f;
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) weight += __shfl_xor_sync(~0u, weight, offset);
-  if (lane == 0) largest_smem[threadIdx.x / 32] = largest, weight_smem[threadIdx.x / 32] = weight;
-  __syncthreads();
+  if (threadIdx.x % 32 == 0) largest_smem[threadIdx.x / 32] = largest, weight_smem[threadIdx.x / 32] = weight;
+  named_barrier_sync(CONSUMERS, TILE);
   if (threadIdx.x == 0) {
-    for (int i = 1; i < PREPARE_THREADS / 32; i++) largest = fmaxf(largest, largest_smem[i]), weight += weight_smem[i];
-    atomicMax(p.maxima.dy + kv, __float_as_uint(largest));
-    p.rows.tile_weight[int64_t(head) * p.z.tiles + tile] = weight;
+    atomicMax(p.maxima.dy + kv, __float_as_uint(fmaxf(largest_smem[0], largest_smem[1])));
+    p.rows.tile_weight[int64_t(head) * p.z.tiles + tile] = weight_smem[0] + weight_smem[1];
   }
 }
 

@@ -1,59 +1,31 @@
 /* The derivative of x ↦ Σ_{I ≤ J} Σ_{αβ} x[8I + α] x[8J + β] U_IJ[αβ], U_IJ = S_IJ g, which both gradients of the state products are:
  *   dq^: x = q^, g = dy^, S the state before the chunk         dk^: x = k^, g = v^, S the state gradient behind it
- * U is a plain product with the state tile as a K-major B; its accumulators (row of x; α = n, β = 2·quad + {0, 1}) are then contracted
+ * U is a plain product with the state tile as an MN-major B; its accumulators (row of x; β = n, α = 2·quad + {0, 1}) are then contracted
  * with x in float32, once from each side:
  *   dx[8I + α] += Σ_β U[αβ] x[8J + β]        dx[8J + β] += Σ_α U[αβ] x[8I + α]
  * 2·64·64 multiply-adds on the CUDA cores beside 64³ on the matrix unit, instead of 1.8 times the matrix work of an A = x ⊗ g product.
- * Pairs come with I outside and J ≥ I inside. dx lives in shared memory, one float32 slot a thread and column pair (no sharing, so no
- * barrier); the sums over β of the current I stay in registers until J has passed.
+ * Pairs come in the order in which they are stored, I ≤ J inside. dx lives in shared memory, one float32 slot a thread and column pair (no
+ * sharing, so no barrier); the sums over α for the current J stay in registers until I has passed.
  */
 #pragma once
 #include "chunked_layout.cuh"
 
 namespace power {
 
-/* Pairs in the order of the contraction. */
+/* Pairs in the order in which states are stored. */
 struct PairWalk {
   int i = 0, j = 0;
-  __device__ __forceinline__ void advance(int feature_tiles) {
-    if (++j == feature_tiles) j = ++i;
+  __device__ __forceinline__ void advance() {
+    if (++i > j) i = 0, j++;
   }
-  __device__ __forceinline__ int number() const { return j * (j + 1) / 2 + i; }
 };
 
-/* Consumers: over an even number of pairs runs `start(set)` (begin the products of the next pair in set `set` of registers and commit them)
- * and `finish(set, real)` (their results are there: use them, free the slot). With two sets the first pair's results are used while the
- * second's products run; the second's leave the matrix unit to the other warpgroup. Results carried over the loop's end would hide that
- * too, but ptxas then serialises every product (warning C7514). Wide heads have registers for one set. */
-template <int SETS, class Start, class Finish>
-__device__ __forceinline__ void pipeline_pairs(int pairs, Start start, Finish finish) {
-  using First = std::integral_constant<int, 0>;
-  using Second = std::integral_constant<int, SETS - 1>;
-#pragma unroll 1
-  for (int pair = 0; pair < pairs; pair += 2) {
-    start(First{});
-    if constexpr (SETS == 2) {
-      start(Second{});
-      wgmma_wait<1>();
-    } else {
-      wgmma_wait<0>();
-    }
-    finish(First{}, true);
-    if constexpr (SETS == 1) start(Second{});
-    wgmma_wait<0>();
-    finish(Second{}, pair + 1 < pairs);
-  }
-}
-
-/* Producer: the state tiles of one head and chunk in contraction order, an even number of them (the last twice if need be, so that
- * consumers can alternate between two accumulators without a condition). */
-template <int E_TILES, class Fill>
-__device__ __forceinline__ void load_pairs(const __half *states, int pairs, int feature_tiles, Fill fill) {
-  PairWalk walk;
-  for (int pair = 0; pair < (pairs + 1) / 2 * 2; pair++) {
-    fill(states + int64_t(walk.number()) * E_TILES * 4096, E_TILES * TILE_BYTES);
-    if (pair + 1 < pairs) walk.advance(feature_tiles);
-  }
+/* Producer: the state tiles of one head and chunk, an even number of them (the last twice if need be, so that consumers can alternate
+ * between two accumulators without a condition). */
+template <int PADDED_E, class Fill>
+__device__ __forceinline__ void load_pairs(const __half *states, int pairs, Fill fill) {
+  for (int pair = 0; pair < (pairs + 1) / 2 * 2; pair++)
+    fill(states + int64_t(min(pair, pairs - 1)) * 64 * PADDED_E, StateTile<PADDED_E>::BYTES);
 }
 
 template <int PADDED_D>
@@ -65,32 +37,33 @@ struct Contraction {
   float *slots;      /* this warpgroup's dx, [64][PITCH] */
   int feature_tiles;
   PairWalk walk;     /* of the pair to be contracted next */
-  float x_i[2][8], dx_i[2][8];
+  float x_j[2][8], dx_j[2][8];
+  float2 x_i[2], dx_i[2]; /* fetched for the pair to be contracted next: features of tile I, and their slots */
 
   __device__ __forceinline__ float2 &slot(const Lane &at, int r, int tile) const {
     return *reinterpret_cast<float2 *>(slots + (at.warp * 16 + at.group + 8 * r) * PITCH + tile * 8 + at.quad * 2);
   }
 
-  __device__ __forceinline__ void load_i(const Lane &at) {
+  __device__ __forceinline__ void load_j(const Lane &at) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const uint4 x = load_shared_128(x_tile + (walk.i / 8) * TILE_BYTES + swizzled(at.warp * 16 + at.group + 8 * r, walk.i % 8));
+      const uint4 x = load_shared_128(x_tile + (walk.j / 8) * TILE_BYTES + swizzled(at.warp * 16 + at.group + 8 * r, walk.j % 8));
       const float2 a = Pair<__half>::unpack(x.x), b = Pair<__half>::unpack(x.y), c = Pair<__half>::unpack(x.z), d = Pair<__half>::unpack(x.w);
-      x_i[r][0] = a.x, x_i[r][1] = a.y, x_i[r][2] = b.x, x_i[r][3] = b.y, x_i[r][4] = c.x, x_i[r][5] = c.y, x_i[r][6] = d.x, x_i[r][7] = d.y;
+      x_j[r][0] = a.x, x_j[r][1] = a.y, x_j[r][2] = b.x, x_j[r][3] = b.y, x_j[r][4] = c.x, x_j[r][5] = c.y, x_j[r][6] = d.x, x_j[r][7] = d.y;
 #pragma unroll
-      for (int alpha = 0; alpha < 8; alpha++) dx_i[r][alpha] = 0.f;
+      for (int beta = 0; beta < 8; beta++) dx_j[r][beta] = 0.f;
     }
   }
 
-  /* Sums dx_i over the four lanes of a row, leaving α = 2·quad + {0, 1} in each, and adds it to its slots. */
-  __device__ __forceinline__ void flush_i(const Lane &at) {
+  /* Sums dx_j over the four lanes of a row, leaving β = 2·quad + {0, 1} in each, and adds it to its slots. */
+  __device__ __forceinline__ void flush_j(const Lane &at) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const bool high = at.quad & 2, odd = at.quad & 1;
       float four[4], two[2];
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        const float keep = high ? dx_i[r][4 + k] : dx_i[r][k], give = high ? dx_i[r][k] : dx_i[r][4 + k];
+        const float keep = high ? dx_j[r][4 + k] : dx_j[r][k], give = high ? dx_j[r][k] : dx_j[r][4 + k];
         four[k] = keep + __shfl_xor_sync(~0u, give, 2);
       }
 #pragma unroll
@@ -98,59 +71,98 @@ struct Contraction {
         const float keep = odd ? four[2 + k] : four[k], give = odd ? four[k] : four[2 + k];
         two[k] = keep + __shfl_xor_sync(~0u, give, 1);
       }
-      float2 &dx = slot(at, r, walk.i);
+      float2 &dx = slot(at, r, walk.j);
       dx = make_float2(dx.x + two[0], dx.y + two[1]);
     }
   }
 
-  /* Contracts one pair's U and moves on. */
+  __device__ __forceinline__ void fetch(const Lane &at) {
+    const uint32_t rows = x_tile + (walk.i / 8) * TILE_BYTES + swizzled(at.warp * 16 + at.group, walk.i % 8) + at.quad * 4;
+#pragma unroll
+    for (int r = 0; r < 2; r++) x_i[r] = Pair<__half>::unpack(load_shared_32(rows + r * 1024)), dx_i[r] = slot(at, r, walk.i);
+  }
+
+  /* Contracts one pair's U, what `fetch` brought being of that pair, and moves on. */
   __device__ __forceinline__ void add(const float (&u)[32], const Lane &at) {
-    const uint32_t x_j = x_tile + (walk.j / 8) * TILE_BYTES + swizzled(at.warp * 16 + at.group, walk.j % 8) + at.quad * 4;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const float2 x = Pair<__half>::unpack(load_shared_32(x_j + r * 1024));
-      float2 &slot_j = slot(at, r, walk.j);
-      float2 dx = slot_j;
+      const float2 x = x_i[r];
+      float2 dx = dx_i[r];
 #pragma unroll
-      for (int alpha = 0; alpha < 8; alpha++) {
-        const float u0 = u[4 * alpha + 2 * r], u1 = u[4 * alpha + 2 * r + 1];
-        dx_i[r][alpha] += u0 * x.x + u1 * x.y;
-        dx.x += u0 * x_i[r][alpha], dx.y += u1 * x_i[r][alpha];
+      for (int beta = 0; beta < 8; beta++) {
+        const float u0 = u[4 * beta + 2 * r], u1 = u[4 * beta + 2 * r + 1];
+        dx_j[r][beta] = fmaf(u1, x.y, fmaf(u0, x.x, dx_j[r][beta])); /* two instructions; a sum of two products would be three */
+        dx.x = fmaf(u0, x_j[r][beta], dx.x), dx.y = fmaf(u1, x_j[r][beta], dx.y);
       }
-      slot_j = dx;
+      slot(at, r, walk.i) = dx;
     }
-    const int i = walk.i;
-    if (walk.j == feature_tiles - 1) {
-      flush_i(at);
-      walk.advance(feature_tiles);
-      if (i < feature_tiles - 1) load_i(at);
+    if (walk.i == walk.j) {
+      flush_j(at);
+      walk.advance();
+      if (walk.j < feature_tiles) load_j(at);
     } else {
-      walk.advance(feature_tiles);
+      walk.advance();
     }
   }
 };
 
-/* 64 rows of g as the A operand of its products with [64][e] tiles: fragments, kept, for e ≤ 64; wider ones are left in shared memory,
- * at twice the traffic, for want of registers. */
+/* Consumers: over an even number of pairs, `start(set)` begins and commits the products of the next pair, U in u[set]; when they have ended, `release()`
+ * frees the pair's slot and U is contracted. With two sets the first pair's U is used while the second's products run; the second's leave
+ * the matrix unit to the other warpgroup, and what a contraction reads is fetched before its wait. U carried over the loop's end would hide that too,
+ * but ptxas then serialises every product (warning C7514). Wide heads have registers for one set, and none for fetching early. */
+template <int SETS, class Contraction, class Start, class Release>
+__device__ __forceinline__ void contract_pairs(int pairs, Contraction &contraction, float (&u)[SETS][32], const Lane &at, Start start, Release release) {
+  using First = std::integral_constant<int, 0>;
+  using Second = std::integral_constant<int, SETS - 1>;
+  auto finish = [&](auto set, bool real) {
+    pin(u[set.value]);
+    release();
+    if (SETS == 1) contraction.fetch(at);
+    if (real) contraction.add(u[set.value], at);
+  };
+#pragma unroll 1
+  for (int pair = 0; pair < pairs; pair += 2) {
+    start(First{});
+    if constexpr (SETS == 2) {
+      start(Second{});
+      contraction.fetch(at);
+      wgmma_wait<1>();
+      finish(First{}, true);
+      contraction.fetch(at);
+    } else {
+      wgmma_wait<0>();
+      finish(First{}, true);
+      start(Second{});
+    }
+    wgmma_wait<0>();
+    finish(Second{}, pair + 1 < pairs);
+  }
+}
+
+/* 64 rows of g as the A operand of products over e: fragments, kept, for e ≤ 64; wider ones are left in shared memory, at twice the
+ * traffic, for want of registers. */
 template <int E_TILES>
 struct RowOperand {
   uint32_t rows, fragments[4][4];
   __device__ __forceinline__ RowOperand(uint32_t rows, const Lane &at) : rows(rows) {
     if constexpr (E_TILES == 1) load_fragments(fragments, rows, at);
   }
-  /* Starts u = g tileᵀ, the tile K-major. */
-  __device__ __forceinline__ void times(float (&u)[32], uint32_t tile) {
-    if constexpr (E_TILES == 1) {
+  /* Starts u = g Bᵀ; `b(step)` describes 64 columns of B for 16 of e. (One descriptor an operand, advanced: made anew each takes four instructions.) */
+  template <Major MAJOR, class Describe>
+  __device__ __forceinline__ void times(float (&u)[32], Describe b) {
+    const uint64_t a = matrix_descriptor(rows);
 #pragma unroll
-      for (int s = 0; s < 4; s++) Wgmma<64, __half>::template rs<K_MAJOR>(u, fragments[s], matrix_descriptor(tile + s * 32), s > 0);
-    } else {
-#pragma unroll
-      for (int h = 0; h < E_TILES; h++)
-#pragma unroll
-        for (int s = 0; s < 4; s++)
-          Wgmma<64, __half>::template ss<K_MAJOR, K_MAJOR>(u, matrix_descriptor(rows + h * TILE_BYTES + s * 32),
-                                                           matrix_descriptor(tile + h * TILE_BYTES + s * 32), h + s > 0);
+    for (int s = 0; s < 4 * E_TILES; s++) {
+      if constexpr (E_TILES == 1) Wgmma<64, __half>::template rs<MAJOR>(u, fragments[s], b(s), s > 0);
+      else Wgmma<64, __half>::template ss<K_MAJOR, MAJOR>(u, a + descriptor_offset((s / 4) * TILE_BYTES + s % 4 * 32), b(s), s > 0);
     }
+  }
+  __device__ __forceinline__ void times_rows(float (&u)[32], uint32_t tile) {
+    const uint64_t b = matrix_descriptor(tile);
+    times<K_MAJOR>(u, [=](int s) { return b + descriptor_offset((s / 4) * TILE_BYTES + s % 4 * 32); });
+  }
+  __device__ __forceinline__ void times_state(float (&u)[32], uint32_t tile) {
+    times<MN_MAJOR>(u, [=](int s) { return StateTile<64 * E_TILES>{tile}.columns(s); });
   }
   __device__ __forceinline__ void hold() {
     if constexpr (E_TILES == 1) pin(fragments);

@@ -2,7 +2,7 @@
  * the gates (scaling: chunked_backward.cuh).
  *
  * Work item: 128 rows of a chunk, one key-value head (RowBlock). Two consumer warpgroups of 64 rows each, one loading warp.
- *   1. moments: dx ← 2 2^(units) K^ dM, into the dx slots;
+ *   1. keys and values come from the caller's arrays, as k^ and v^ into shared memory; moments: dx ← 2 2^(units) K^ dM, into the dx slots;
  *   2. per pair of the state gradient dS, one tile for two products: dv^ += φ(K^) dS (as in the query), dx += contraction of dS with V^;
  *   3. dk^, dv^ ← chunk_decay times these; then every query head of the group, query tiles from the diagonal on:
  *      Sᵀ = K^ Q~ᵀ, V^ Dᵀ, and from both P/den and ds~ in registers:  dv^ += P/den D,  dk^ += ds~ Q~.
@@ -17,8 +17,8 @@ namespace power {
 
 struct GradientKVParams {
   Sizes z;
-  View dk, dv;
-  const __half *q, *dy, *k, *v, *states, *moments; /* states: of the gradient */
+  View k, v, dk, dv;
+  const __half *q, *dy, *states, *moments; /* states: of the gradient */
   const int *state_units, *moment_units;
   Gates gates;
   RowFactors rows;
@@ -33,7 +33,7 @@ struct GradientKVTiles {
   static constexpr int STAGE_BYTES = (D_TILES + E_TILES) * TILE_BYTES + 1024;
   static constexpr int ROWS_BYTES = 2 * (D_TILES + E_TILES) * TILE_BYTES, SLOTS_BYTES = 2 * Contraction<PADDED_D>::BYTES;
   static constexpr int STAGES = STAGE_BYTES > 24576 + 1024 ? 2 : STAGE_BYTES > 17408 ? 4 : 6;
-  static constexpr int SMEM_BYTES = 1024 + ROWS_BYTES + STAGES * STAGE_BYTES + SLOTS_BYTES + Ring<STAGES>::BYTES + 16;
+  static constexpr int SMEM_BYTES = 1024 + ROWS_BYTES + STAGES * STAGE_BYTES + SLOTS_BYTES + Ring<STAGES>::BYTES;
 };
 
 /* From s~ (rows j, columns i) and <v^, D>: P/den 2^P_SHIFT and ds~ 2^DS_SHIFT as A fragments. `row_factors` hold 2^P_SHIFT and, off the diagonal, the
@@ -72,7 +72,7 @@ __device__ __forceinline__ void key_gradients(const float (&s)[COLUMNS / 2], con
   }
 }
 
-template <typename Out, int PADDED_D, int PADDED_E>
+template <typename In, int PADDED_D, int PADDED_E>
 __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_constant__ GradientKVParams p) {
   using T = GradientKVTiles<PADDED_D, PADDED_E>;
   constexpr int D_TILES = T::D_TILES, E_TILES = T::E_TILES;
@@ -80,14 +80,12 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
   const uint32_t rows_smem = (smem_address(smem_raw) + 1023) & ~1023u, stages_smem = rows_smem + T::ROWS_BYTES;
   const uint32_t slots_smem = stages_smem + T::STAGES * T::STAGE_BYTES;
   const Ring<T::STAGES> ring{slots_smem + T::SLOTS_BYTES};
-  const uint32_t rows_full = ring.barriers + Ring<T::STAGES>::BYTES;
 
   const RowBlock block(p.z, blockIdx.x, T::ROWS, false);
   if (block.empty) return;
   const int heads = p.z.b * p.z.h_kv, group = threadIdx.x >> 7;
   if (threadIdx.x == 0) {
     ring.init(8);
-    mbarrier_init(rows_full, 1);
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -104,14 +102,10 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
       const int chunk = block.chunk, kv = block.head, first_tile = block.first_tile;
       const int query_tiles = min(p.z.chunk_tiles, (p.z.t - chunk * p.z.chunk + TILE - 1) / TILE);
       const int64_t k_tile = int64_t(kv) * p.z.tiles + chunk * p.z.chunk_tiles;
-      mbarrier_expect(rows_full, T::ROWS_BYTES);
-      bulk_load(rows_smem, p.k + (k_tile + first_tile) * D_TILES * 4096, 2 * D_TILES * TILE_BYTES, rows_full);
-      bulk_load(rows_smem + 2 * D_TILES * TILE_BYTES, p.v + (k_tile + first_tile) * E_TILES * 4096, 2 * E_TILES * TILE_BYTES,
-                rows_full);
       if (chunk < p.z.chunks - 1 || p.has_state) {
         const __half *moments = p.moments + int64_t(chunk * heads + kv) * D_TILES * D_TILES * 4096;
         for (int i = 0; i < D_TILES; i++) fill(moments + i * D_TILES * 4096, D_TILES * TILE_BYTES);
-        load_pairs<E_TILES>(p.states + int64_t(chunk * heads + kv) * p.z.pairs * E_TILES * 4096, p.z.pairs, p.z.feature_tiles, fill);
+        load_pairs<PADDED_E>(p.states + int64_t(chunk * heads + kv) * p.z.pairs * E_TILES * 4096, p.z.pairs, fill);
       }
       for (int member = 0; member < p.z.group; member++) {
         const int64_t q_tile = int64_t(kv * p.z.group + member) * p.z.tiles + chunk * p.z.chunk_tiles;
@@ -140,7 +134,11 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
     const uint32_t k_rows = rows_smem + group * D_TILES * TILE_BYTES;
     const uint32_t v_rows = rows_smem + (2 * D_TILES + group * E_TILES) * TILE_BYTES;
     const int64_t k_row = (k_tile + own_tile) * TILE + row;
-    const int dy_exponent = scaling_exponent(p.maxima.dy[kv], DY_RANGE), v_exponent = scaling_exponent(p.maxima.v[kv], V_RANGE);
+    const int batch = kv / p.z.h_kv, own = kv % p.z.h_kv, token = chunk * p.z.chunk + own_tile * TILE;
+    const WarpRows<In, PADDED_D> own_k(p.k, batch * p.k.batch + own * p.k.head, token, p.z.t, p.z.d);
+    const WarpRows<In, PADDED_E> own_v(p.v, batch * p.v.batch + own * p.v.head, token, p.z.t, p.z.e);
+    const int k_exponent = scaling_exponent(p.maxima.k[kv], K_RANGE), v_exponent = scaling_exponent(p.maxima.v[kv], V_RANGE);
+    const int dy_exponent = scaling_exponent(p.maxima.dy[kv], DY_RANGE);
     float dk[PADDED_D / 2], dv[PADDED_E / 2], row_prefix[2], tile_decay[2], chunk_decay[2];
 #pragma unroll
     for (int i = 0; i < PADDED_E / 2; i++) dv[i] = 0.f;
@@ -149,7 +147,10 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
       row_prefix[r] = p.gates.tile_prefix[k_row + 8 * r], chunk_decay[r] = p.gates.chunk_decay[k_row + 8 * r];
       tile_decay[r] = p.gates.tile_decay[(k_tile + own_tile) * TILE_FACTORS + row + 8 * r];
     }
-    mbarrier_wait(rows_full, 0);
+    own_k.store(k_rows, [&](uint4, int) { return power_of_two(k_exponent); });
+    own_v.store(v_rows, [&](uint4, int) { return power_of_two(v_exponent); });
+    fence_proxy_async();                       /* the products inside the chunk read these rows through the matrix unit, */
+    named_barrier_sync(CONSUMER + group, 128); /* all 64 of them */
 
     if (has_state) {
       float *slots = reinterpret_cast<float *>(smem_raw + (slots_smem - smem_address(smem_raw)) + group * Contraction<PADDED_D>::BYTES);
@@ -185,41 +186,33 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
       constexpr int SETS = D_TILES + E_TILES > 2 ? 1 : 2;
       float u[SETS][32];
       RowOperand<E_TILES> v(v_rows, lane);
-      contraction.load_i(lane);
+      contraction.load_j(lane);
       PairWalk next; /* the pair whose products start next */
       RingPosition<T::STAGES> done = at;
-      pipeline_pairs<SETS>(
-          p.z.pairs,
+      contract_pairs<SETS>(
+          p.z.pairs, contraction, u, lane,
           [&](auto half) {
             uint32_t(&fragments)[4][4] = a[half.value];
             ring.wait(at);
-            const uint32_t state = stages_smem + at.slot * T::STAGE_BYTES;
-            expand_queries<4>(fragments, k_rows + (next.i / 8) * TILE_BYTES + swizzled(row, next.i % 8),
-                              k_rows + (next.j / 8) * TILE_BYTES + swizzled(row, next.j % 8) + lane.quad * 4);
+            const StateTile<PADDED_E> state{stages_smem + at.slot * T::STAGE_BYTES};
             /* The last of an odd number of pairs comes twice, the second time for nothing. */
-            const uint32_t keep = next.i < p.z.feature_tiles ? ~0u : 0u;
-#pragma unroll
-            for (int s = 0; s < 4; s++)
-#pragma unroll
-              for (int x = 0; x < 4; x++) fragments[s][x] &= keep;
-            next.advance(p.z.feature_tiles);
+            expand_queries<4>(fragments, k_rows + (next.i / 8) * TILE_BYTES + swizzled(row, next.i % 8) + lane.quad * 4,
+                              k_rows + (next.j / 8) * TILE_BYTES + swizzled(row, next.j % 8), next.j < p.z.feature_tiles ? ~0u : 0u);
+            next.advance();
             pin(u[half.value]);
             pin(fragments);
             v.hold();
             pin(dv);
             wgmma_fence();
-            v.times(u[half.value], state);
-            const uint64_t b = matrix_descriptor(state, 1024, TILE_BYTES);
+            v.times_state(u[half.value], state.smem);
 #pragma unroll
-            for (int s = 0; s < 4; s++) Wgmma<PADDED_E, __half>::template rs<MN_MAJOR>(dv, fragments[s], b + descriptor_offset(s * 2048), 1);
+            for (int s = 0; s < 4; s++) Wgmma<PADDED_E, __half>::template rs<K_MAJOR>(dv, fragments[s], state.features(s), 1);
             wgmma_commit();
             at.advance();
           },
-          [&](auto half, bool real) {
-            pin(u[half.value]);
+          [&] {
             ring.release(done.slot);
             done.advance();
-            if (real) contraction.add(u[half.value], lane);
           });
       pin(dv);
 #pragma unroll
@@ -250,10 +243,12 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
       constexpr int COLUMNS = D_TILES + E_TILES > 2 ? 32 : 64; /* queries at a time: wide accumulators leave registers for 32 */
       float s[COLUMNS / 2], dp[COLUMNS / 2], reach[2];
       uint32_t weights[COLUMNS / 16][4], ds[COLUMNS / 16][4];
+      const uint64_t k_a = matrix_descriptor(k_rows), v_a = matrix_descriptor(v_rows);
       auto attend_tile = [&](auto diagonal_constant, int64_t q_tile, int tile) {
         constexpr bool DIAGONAL = decltype(diagonal_constant)::value;
         ring.wait(at);
         const uint32_t queries = stages_smem + at.slot * T::STAGE_BYTES, dy = queries + D_TILES * TILE_BYTES, factors = dy + E_TILES * TILE_BYTES;
+        const uint64_t q_b = matrix_descriptor(queries, 1024, TILE_BYTES), dy_b = matrix_descriptor(dy, 1024, TILE_BYTES); /* of both majors */
         if constexpr (DIAGONAL) reach[0] = reach[1] = float(1 << P_SHIFT);
 #pragma unroll
         for (int column = 0; column < TILE; column += COLUMNS) {
@@ -265,15 +260,15 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
 #pragma unroll
             for (int step = 0; step < 4; step++)
               Wgmma<COLUMNS, __half>::template ss<K_MAJOR, K_MAJOR>(
-                  s, matrix_descriptor(k_rows + i * TILE_BYTES + step * 32),
-                  matrix_descriptor(queries + i * TILE_BYTES + column * 128 + step * 32), i + step > 0);
+                  s, k_a + descriptor_offset(i * TILE_BYTES + step * 32),
+                  q_b + descriptor_offset(i * TILE_BYTES + column * 128 + step * 32), i + step > 0);
 #pragma unroll
           for (int i = 0; i < E_TILES; i++)
 #pragma unroll
             for (int step = 0; step < 4; step++)
               Wgmma<COLUMNS, __half>::template ss<K_MAJOR, K_MAJOR>(
-                  dp, matrix_descriptor(v_rows + i * TILE_BYTES + step * 32),
-                  matrix_descriptor(dy + i * TILE_BYTES + column * 128 + step * 32), i + step > 0);
+                  dp, v_a + descriptor_offset(i * TILE_BYTES + step * 32),
+                  dy_b + descriptor_offset(i * TILE_BYTES + column * 128 + step * 32), i + step > 0);
           wgmma_commit();
           wgmma_wait<0>();
           pin(s);
@@ -285,11 +280,10 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
           pin(dk);
           pin(dv);
           wgmma_fence();
-          const uint64_t q_b = matrix_descriptor(queries + column * 128, 1024, TILE_BYTES), dy_b = matrix_descriptor(dy + column * 128, 1024, TILE_BYTES);
 #pragma unroll
           for (int step = 0; step < COLUMNS / 16; step++) {
-            Wgmma<PADDED_E, __half>::template rs<MN_MAJOR>(dv, weights[step], dy_b + descriptor_offset(step * 2048), 1);
-            Wgmma<PADDED_D, __half>::template rs<MN_MAJOR>(dk, ds[step], q_b + descriptor_offset(step * 2048), 1);
+            Wgmma<PADDED_E, __half>::template rs<MN_MAJOR>(dv, weights[step], dy_b + descriptor_offset(column * 128 + step * 2048), 1);
+            Wgmma<PADDED_D, __half>::template rs<MN_MAJOR>(dk, ds[step], q_b + descriptor_offset(column * 128 + step * 2048), 1);
           }
           wgmma_commit();
           wgmma_wait<0>();
@@ -320,7 +314,6 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
     }
 
     /* ½ <k^, dk^>: what later rows took from these keys, before rounding. */
-    const int k_exponent = scaling_exponent(p.maxima.k[kv], K_RANGE);
     const float unit = power_of_two(-dy_exponent) * float(1.0 / (1 << DS_SHIFT)) * power_of_two(-v_exponent);
     float products[2];
     row_products<PADDED_D>(products, dk, k_rows, lane);
@@ -328,9 +321,8 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
     const float k_factor = unit * power_of_two(k_exponent), v_factor = power_of_two(-dy_exponent) * float(1.0 / (1 << P_SHIFT));
     const float k_factors[2] = {k_factor, k_factor}, v_factors[2] = {v_factor, v_factor};
     named_barrier_sync(CONSUMER + group, 128); /* every warp has done with these rows, which now take the gradients */
-    const int batch = kv / p.z.h_kv, own = kv % p.z.h_kv, token = chunk * p.z.chunk + own_tile * TILE;
-    write_rows<Out, PADDED_D>(dk, k_factors, k_rows, p.dk, batch * p.dk.batch + own * p.dk.head, token, p.z.t, p.z.d, lane);
-    write_rows<Out, PADDED_E>(dv, v_factors, v_rows, p.dv, batch * p.dv.batch + own * p.dv.head, token, p.z.t, p.z.e, lane);
+    write_rows<In, PADDED_D>(dk, k_factors, k_rows, p.dk, batch * p.dk.batch + own * p.dk.head, token, p.z.t, p.z.d, lane);
+    write_rows<In, PADDED_E>(dv, v_factors, v_rows, p.dv, batch * p.dv.batch + own * p.dv.head, token, p.z.t, p.z.e, lane);
   }
 }
 

@@ -19,7 +19,7 @@ struct GradientQParams {
   const int *state_units, *moment_units;
   Gates gates;
   RowFactors rows;
-  __half *row_values; /* −ΔD for the moments of the state gradient */
+  __half *moment_weights; /* −w ΔD for the moments of the state gradient, in token_order */
   Maxima maxima;
   int has_state, normalize;
 };
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
       if (chunk > 0 || p.has_state) {
         const __half *moments = p.moments + int64_t(chunk * heads + kv) * D_TILES * D_TILES * 4096;
         for (int i = 0; i < D_TILES; i++) fill(moments + i * D_TILES * 4096, D_TILES * TILE_BYTES);
-        load_pairs<E_TILES>(p.states + int64_t(chunk * heads + kv) * p.z.pairs * E_TILES * 4096, p.z.pairs, p.z.feature_tiles, fill);
+        load_pairs<PADDED_E>(p.states + int64_t(chunk * heads + kv) * p.z.pairs * E_TILES * 4096, p.z.pairs, fill);
       }
 #pragma unroll 1
       for (int tile = last_tile; tile >= 0; tile--) {
@@ -172,17 +172,17 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
       {
         uint32_t a[D_TILES][4][4];
 #pragma unroll
-        for (int h = 0; h < D_TILES; h++) load_fragments(a[h], q_rows + h * TILE_BYTES, lane);
+        for (int i = 0; i < D_TILES; i++) load_fragments(a[i], q_rows + i * TILE_BYTES, lane);
 #pragma unroll
-        for (int h = 0; h < D_TILES; h++) {
+        for (int i = 0; i < D_TILES; i++) {
           ring.wait(at);
-          pin(a[h]);
+          pin(a[i]);
           pin(dq);
           wgmma_fence();
           const uint64_t b = matrix_descriptor(stages_smem + at.slot * T::STAGE_BYTES, 1024, TILE_BYTES);
 #pragma unroll
           for (int s = 0; s < 4; s++)
-            Wgmma<PADDED_D, __half>::template rs<MN_MAJOR>(dq, a[h][s], b + descriptor_offset(s * 2048), h + s > 0);
+            Wgmma<PADDED_D, __half>::template rs<MN_MAJOR>(dq, a[i][s], b + descriptor_offset(s * 2048), i + s > 0);
           wgmma_commit();
           wgmma_wait<0>();
           pin(dq);
@@ -201,24 +201,22 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
       }
       constexpr int SETS = D_TILES + E_TILES > 2 ? 1 : 2;
       float u[SETS][32];
-      contraction.load_i(lane);
+      contraction.load_j(lane);
       RingPosition<T::STAGES> done = at;
-      pipeline_pairs<SETS>(
-          p.z.pairs,
+      contract_pairs<SETS>(
+          p.z.pairs, contraction, u, lane,
           [&](auto half) {
             ring.wait(at);
             pin(u[half.value]);
             dy.hold();
             wgmma_fence();
-            dy.times(u[half.value], stages_smem + at.slot * T::STAGE_BYTES);
+            dy.times_state(u[half.value], stages_smem + at.slot * T::STAGE_BYTES);
             wgmma_commit();
             at.advance();
           },
-          [&](auto half, bool real) {
-            pin(u[half.value]);
+          [&] {
             ring.release(done.slot);
             done.advance();
-            if (real) contraction.add(u[half.value], lane);
           });
 #pragma unroll
       for (int r = 0; r < 2; r++) {
@@ -240,9 +238,11 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
     {
       float s[32], dp[32], reach[2] = {2.f * h[0], 2.f * h[1]};
       uint32_t ds[4][4];
+      const uint64_t q_a = matrix_descriptor(q_rows);
       auto attend_tile = [&](auto diagonal_constant, int tile) {
         constexpr bool DIAGONAL = decltype(diagonal_constant)::value;
         ring.wait(at);
+        const uint64_t k_b = matrix_descriptor(stages_smem + at.slot * T::STAGE_BYTES);
         const uint32_t keys = stages_smem + at.slot * T::STAGE_BYTES, values = keys + D_TILES * TILE_BYTES, factors = values + E_TILES * TILE_BYTES;
         pin(s);
         pin(dp);
@@ -252,9 +252,9 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
         for (int i = 0; i < D_TILES; i++)
 #pragma unroll
           for (int step = 0; step < 4; step++)
-            Wgmma<64, __half>::template ss<K_MAJOR, K_MAJOR>(s, matrix_descriptor(q_rows + i * TILE_BYTES + step * 32),
-                                                             matrix_descriptor(keys + i * TILE_BYTES + step * 32), i + step > 0);
-        dy.times(dp, values);
+            Wgmma<64, __half>::template ss<K_MAJOR, K_MAJOR>(s, q_a + descriptor_offset(i * TILE_BYTES + step * 32),
+                                                             k_b + descriptor_offset(i * TILE_BYTES + step * 32), i + step > 0);
+        dy.times_rows(dp, values);
         wgmma_commit();
         wgmma_wait<0>(); /* also the last tile's dq: its slot may go */
         pin(s);
@@ -308,7 +308,9 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
       if (lane.quad == 0) {
         p.rows.delta[q_row + 8 * r] = exact * power_of_two(-dy_exponent) * power_of_two(-v_exponent);
         p.rows.state_part[q_row + 8 * r] = state_row * power_of_two(-dy_exponent) * power_of_two(-v_exponent);
-        if (p.normalize) p.row_values[q_row + 8 * r] = __float2half(-exact);
+        if (p.normalize) /* below 2^16 but for w near its bound */
+          p.moment_weights[(q_tile + own_tile) * TILE + token_position(row + 8 * r)] =
+              __float2half(fminf(fmaxf(-exact * p.rows.state_weight[q_row + 8 * r], -65504.f), 65504.f));
       }
       factor[r] = p.rows.q_scale[q_row + 8 * r] * unit;
     }

@@ -35,14 +35,26 @@ inline Gates take_gates(Arena &arena, const Sizes &z) {
   g.chunk_sum = arena.take<float>(heads * z.chunks), g.chunk_weight = arena.take<float>(heads * z.chunks);
   return g;
 }
-constexpr int MAXIMA = 5;
-inline Maxima take_maxima(unsigned *p, int64_t heads) {
-  return Maxima{p, p + heads, p + 2 * heads, p + 3 * heads, p + 4 * heads};
-}
 /* Float16 counts of staged rows, states and moments. */
 inline int64_t staged_count(const Sizes &z, int64_t heads, int padded) { return heads * z.tokens * padded; }
 inline int64_t states_count(const Sizes &z) { return int64_t(z.chunks) * z.b * z.h_kv * z.pairs * 64 * z.padded_e; }
 inline int64_t moments_count(const Sizes &z) { return int64_t(z.chunks) * z.b * z.h_kv * z.padded_d * z.padded_d; }
+
+/* What the forward pass finds out and the backward pass needs: handed over in `saved`, else worked out in each one's workspace. */
+struct Saved {
+  unsigned *maxima; /* of k, v, s0, z0 */
+  Gates gates;
+  __half *states, *moments;
+  int *state_units, *moment_units;
+  Saved(Arena &arena, const Sizes &z) {
+    const int64_t heads = int64_t(z.b) * z.h_kv;
+    maxima = arena.take<unsigned>(4 * heads);
+    gates = take_gates(arena, z);
+    states = arena.take<__half>(states_count(z)), moments = arena.take<__half>(moments_count(z));
+    state_units = arena.take<int>(z.chunks * heads), moment_units = arena.take<int>(z.chunks * heads);
+  }
+  Maxima forward_maxima(int64_t heads) const { return Maxima{maxima, maxima + heads, nullptr, maxima + 2 * heads, maxima + 3 * heads}; }
+};
 
 inline View make_view(const PowerArray &a) { return View{static_cast<char *>(a.data), a.stride[0], a.stride[1], a.stride[2], a.stride[3]}; }
 
@@ -51,6 +63,10 @@ template <int PADDED_D, int PADDED_E>
 struct UpdateLaunch {
   static cudaError_t update(const UpdateParams &, cudaStream_t);
 };
+extern template struct UpdateLaunch<64, 64>; /* not wherever update_state below is seen */
+extern template struct UpdateLaunch<64, 128>;
+extern template struct UpdateLaunch<128, 64>;
+extern template struct UpdateLaunch<128, 128>;
 template <typename In, int PADDED_D, int PADDED_E>
 struct QueryLaunch {
   static cudaError_t query(const QueryParams &, cudaStream_t);
@@ -77,7 +93,7 @@ cudaError_t dispatch_dtype(int dtype, F f) {
 
 template <typename In>
 cudaError_t stage(const StageParams &p, int padded, Scaling scaling, cudaStream_t stream) {
-  const dim3 grid(p.z.tiles, p.z.b * p.heads);
+  const int grid = p.z.tiles * p.z.b * p.heads;
   if (scaling == Scaling::HEAD) {
     if (padded == 64) stage_kernel<In, 64, Scaling::HEAD><<<grid, STAGE_THREADS, 0, stream>>>(p);
     else stage_kernel<In, 128, Scaling::HEAD><<<grid, STAGE_THREADS, 0, stream>>>(p);
@@ -88,6 +104,27 @@ cudaError_t stage(const StageParams &p, int padded, Scaling scaling, cudaStream_
   return cudaGetLastError();
 }
 
+/* Gate sums of the forward pass and ranges of k, v and the first state. */
+template <typename In>
+cudaError_t measure(const PowerAttentionShape &shape, const PowerAttentionArrays &a, const Sizes &z, const Saved &x, cudaStream_t stream) {
+  const int64_t heads = shape.b * shape.h_kv;
+  if (cudaError_t error = cudaMemsetAsync(x.maxima, 0, 4 * heads * sizeof(unsigned), stream)) return error;
+  const MeasureParams params{z, make_view(a.k), make_view(a.v), make_view(a.log_g), static_cast<float *>(a.s0.data),
+                             static_cast<float *>(a.z0.data), x.gates, x.forward_maxima(heads)};
+  measure_kernel<In><<<z.chunks * (z.chunk / MEASURE_ROWS) * heads, MEASURE_THREADS, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+inline cudaError_t update_state(const UpdateParams &p, cudaStream_t stream) {
+  return dispatch_sizes(p.z, [&](auto d, auto e) { return UpdateLaunch<d.value, e.value>::update(p, stream); });
+}
+/* The states before every chunk, from staged keys and values. */
+inline UpdateParams forward_update(const Sizes &z, const Saved &x, const __half *k, const __half *k_transposed, const __half *v,
+                                   const __half *moment_weights, const float *s0, const float *z0, float *s, float *z_last) {
+  return UpdateParams{z, k, k_transposed, v, moment_weights, 1, 0, x.gates.chunk_sum, x.gates.chunk_weight, 1, x.states, x.moments, x.state_units,
+                      x.moment_units, s0, z0, s, z_last, x.forward_maxima(int64_t(z.b) * z.h_kv), 2 * K_RANGE + V_RANGE + 1, 2 * K_RANGE, 0};
+}
+
 /* Why the chunked kernels cannot serve a shape, or null. */
 inline const char *unsupported(const PowerAttentionShape &s) {
   if (s.deg != 2) return "deg: the chunked sm90 kernels are for deg = 2";
@@ -96,6 +133,12 @@ inline const char *unsupported(const PowerAttentionShape &s) {
   if (s.d % 8 || s.e % 8 || s.d < 8 || s.e < 8 || s.d > 128 || s.e > 128) return "d, e: the chunked sm90 kernels take multiples of 8 up to 128";
   if (s.t != s.t_kv || s.h_kv < 1 || s.h_q % s.h_kv) return "t_kv, h_q: contradict t, h_kv";
   if (s.b * s.h_q > 65535) return "b, h_q: at most 65535 batch × query heads";
+  return nullptr;
+}
+/* What contradicts the shape in a call's arrays, or null. */
+inline const char *invalid(const PowerAttentionShape &s, const PowerAttentionArrays &a) {
+  if (s.b == 0 || s.t == 0 || s.h_q == 0) return "b, t, h_q: an empty call has nothing to launch";
+  if (s.saved && (a.saved.data == nullptr || (reinterpret_cast<uintptr_t>(a.saved.data) & 255))) return "saved: absent, or not aligned to 256";
   return nullptr;
 }
 

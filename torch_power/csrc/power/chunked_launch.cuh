@@ -14,8 +14,7 @@ cudaError_t UpdateLaunch<PADDED_D, PADDED_E>::update(const UpdateParams &p, cuda
   auto kernel = update_state_kernel<PADDED_D, PADDED_E>;
   constexpr int bytes = UpdateTiles<PADDED_D, PADDED_E>::SMEM_BYTES;
   if (cudaError_t error = allow_smem(kernel, bytes)) return error;
-  const dim3 grid((p.z.pairs + UPDATE_GROUPS - 1) / UPDATE_GROUPS + 1, p.z.b * p.z.h_kv);
-  kernel<<<grid, (UPDATE_GROUPS + 1) * 128, bytes, stream>>>(p);
+  kernel<<<UpdateTiles<PADDED_D, PADDED_E>::blocks(p.z.b * p.z.h_kv), UPDATE_THREADS, bytes, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -5,9 +5,11 @@
  * so  s^ = <q^, k^>,  num^ = Σ s^² γ v^ · 2^PS,  den^ = Σ s^² γ · 2^PS,  y = num^ / den^ · 2^−ν   with PS = score_exponent(d).
  *
  * Staged operands, tiles of 64 tokens, 128-byte swizzle, zero outside t, d and e, so that no kernel masks loads:
- *   rows:  [head][tile][⌈d/64⌉][64 tokens][64]        transposed:  [head][tile][64⌈d/64⌉ rows of d][64 tokens], times a weight per token
+ *   rows:  [head][tile][⌈d/64⌉][64 tokens][64]        transposed:  [head][tile][64⌈d/64⌉ rows of d][64 tokens], times a weight per token,
+ *   not swizzled, tokens in the order in which a lane of an A fragment needs them (token_order)
  * States before each chunk (behind it, for gradients), the B operands of the query: tile pair (I ≤ J) number J(J+1)/2 + I
- *   [chunk][head][pair][⌈e/64⌉][64 rows (α, β)][64]  in units 2^σ, multiplicity folded in; moments (normaliser) [chunk][head][⌈d/64⌉²][64][64]
+ *   [chunk][head][pair][β][e padded to 64][α]  in units 2^σ, multiplicity folded in, without swizzle: eight by eight matrices of 128 bytes, whose
+ *   columns (β, α) are feature x[8I + α] x[8J + β];  moments (normaliser) [chunk][head][⌈d/64⌉²][64][64]
  */
 #pragma once
 #include "../abi.h"
@@ -74,12 +76,7 @@ __device__ __forceinline__ float power_of_two(int exponent) { return exp2f(float
 /* Units of a state whose entries are below `bound` · 2^bits: the stored float16 is the value times 2^−unit, below 2^15. */
 __device__ __forceinline__ int state_unit(float bound, int bits) { return bound > 0.f ? ilogbf(bound) + 1 + bits - 15 : 0; }
 
-/* Pair number J(J+1)/2 + I ↔ (I, J), I ≤ J; the caller's state orders pairs lexicographically. */
-__device__ __forceinline__ void pair_tiles(int pair, int &i, int &j) {
-  j = 0;
-  while (pair > j) pair -= ++j;
-  i = pair;
-}
+/* Number of the pair (I ≤ J) in the caller's state, which orders pairs lexicographically (here they are numbered J(J+1)/2 + I). */
 __device__ __forceinline__ int public_pair(int i, int j, int feature_tiles) { return i * feature_tiles - i * (i - 1) / 2 + (j - i); }
 
 /* Eight neighbouring 16-bit values of one row as they are in memory; columns at or beyond `columns` are zero. */
@@ -126,6 +123,31 @@ __device__ __forceinline__ uint4 to_half(uint4 r, float factor) {
 /* 2^a that brings a row whose largest magnitude is `largest` into [2^(Q_RANGE − 1), 2^Q_RANGE). */
 __device__ __forceinline__ float row_factor(float largest) { return power_of_two(scaling_exponent(__float_as_uint(largest), Q_RANGE)); }
 
+/* A warp's 16 rows of a tile of the caller's: the constructor starts the loads, `store` brings them to shared memory as a staged tile. */
+template <typename In, int PADDED>
+struct WarpRows {
+  static constexpr int PIECES = PADDED / 8, ROWS_A_STEP = 32 / PIECES, STEPS = 16 / ROWS_A_STEP;
+  uint4 values[STEPS];
+  int first_row, piece; /* rows first_row + ROWS_A_STEP · step of the tile */
+  __device__ __forceinline__ WarpRows(const View &x, int64_t head_offset, int first_token, int t, int columns)
+      : first_row((threadIdx.x >> 5 & 3) * 16 + (threadIdx.x & 31) / PIECES), piece(threadIdx.x % PIECES) {
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      const int token = first_token + first_row + i * ROWS_A_STEP;
+      values[i] = token < t ? load_piece<In>(x, head_offset + token * x.time, piece * 8, columns) : make_uint4(0, 0, 0, 0);
+    }
+  }
+  /* `factor(values, row)`: of each row, from its lane's values. */
+  template <class Factor>
+  __device__ __forceinline__ void store(uint32_t tile, Factor factor) const {
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      const int row = first_row + i * ROWS_A_STEP;
+      store_shared_128(tile + (piece / 8) * TILE_BYTES + swizzled(row, piece % 8), to_half<In>(values[i], factor(values[i], row)));
+    }
+  }
+};
+
 /* Largest of `x` over groups of WIDTH neighbouring lanes. */
 template <int WIDTH>
 __device__ __forceinline__ float group_max(float x) {
@@ -162,11 +184,37 @@ struct Lane {
       : warp((threadIdx.x >> 5) & 3), group((threadIdx.x & 31) >> 2), quad(threadIdx.x & 3), lane(threadIdx.x & 31) {}
 };
 
+/* Token at position `p` of a tile in token_order: lane quad c of an A fragment finds its tokens 16s + 8h + 2c + {0, 1} side by side, at
+ * 16c + 4s + 2h. */
+__device__ __forceinline__ int token_at(int p) { return p / 4 % 4 * 16 + p / 2 % 2 * 8 + p / 16 * 2 + p % 2; }
+__device__ __forceinline__ int token_position(int token) { return token / 2 % 4 * 16 + token / 16 * 4 + token / 8 % 2 * 2 + token % 2; }
+
+/* A state tile [β][E][α] as the B operand of products over its 64 features, STEPS of two β each, and over e, steps of 16. */
+template <int PADDED_E>
+struct StateTile {
+  static constexpr int BYTES = 64 * PADDED_E * 2;
+  uint32_t smem;
+  /* N = e, K = (β, α): K-major. */
+  __device__ __forceinline__ uint64_t features(int step) const {
+    return matrix_descriptor<SWIZZLE_NONE>(smem, 128, 16 * PADDED_E) + descriptor_offset(step * 32 * PADDED_E);
+  }
+  /* N = (β, α), K = e: MN-major. */
+  __device__ __forceinline__ uint64_t columns(int step) const {
+    return matrix_descriptor<SWIZZLE_NONE>(smem, 16 * PADDED_E, 128) + descriptor_offset(step * 256);
+  }
+};
+
 /* A fragments (four k-steps) of 64 swizzled 128-byte rows: this warp's rows 16w … 16w + 15. */
 __device__ __forceinline__ void load_fragments(uint32_t (&a)[4][4], uint32_t tile, const Lane &at) {
   const int row = at.warp * 16 + (at.lane & 15);
 #pragma unroll
   for (int step = 0; step < 4; step++) load_matrices(a[step], tile + swizzled(row, 2 * step + (at.lane >> 4)));
+}
+/* A fragments of the transpose of 64 swizzled 128-byte rows: this warp's columns 16w … 16w + 15, rows as k. */
+__device__ __forceinline__ void load_fragments_transposed(uint32_t (&a)[4][4], uint32_t tile, const Lane &at) {
+  const int row = (at.lane >> 4) * 8 + (at.lane & 7), piece = 2 * at.warp + (at.lane >> 3 & 1);
+#pragma unroll
+  for (int step = 0; step < 4; step++) load_matrices_transposed(a[step], tile + swizzled(16 * step + row, piece));
 }
 
 }  // namespace power

@@ -5,7 +5,7 @@
  * Work item: a row block of a chunk, one query head (RowBlock). Two consumer warpgroups with ROW_TILES tiles of 64 queries each, one loading warp.
  *   1. consumers bring their queries in, scale each row by a power of two and keep it as float16 in shared memory;
  *   2. normaliser from the moments: Q^ M, dotted with Q^ in registers;
- *   3. state: A = q^[8I + α] · q^[8J + β] in registers, B = the state tile as update_state_kernel wrote it;
+ *   3. state: A = q^[8J + β] · q^[8I + α] in registers, B = the state tile as update_state_kernel wrote it;
  *   4. inside the chunk, from the diagonal key tile backwards so that gate sums stay local: S = Q^ K^ᵀ, P from S in registers, P V^.
  * Shared memory: queries (their rows become y's at the end) and a ring whose slots hold a state tile or a key and a value tile.
  */
@@ -37,46 +37,37 @@ struct QueryTiles {
   static constexpr int SMEM_BYTES = 1024 + ROWS_BYTES + STAGES * STAGE_BYTES + Ring<STAGES>::BYTES + 2 * ROWS * 4;
 };
 
-/* A fragments of one k-step group of ψ(q): STEPS steps from α = 2·first_step on. `q` is the address of this lane's row g in the
- * q^ row tile holding feature tile I (`i_address`) and J (`j_address`, at this lane's β pair); row g + 8 is 1024 bytes on. */
+/* A fragments of STEPS k-steps, of two β each, of ψ(q). In the q^ rows, for this lane's row g (row g + 8 is 1024 bytes on): `i_address` of its pair
+ * of α in feature tile I, `j_address` of the first β in feature tile J. `keep` is a mask, of no bits for fragments of zeros. */
 template <int STEPS>
-__device__ __forceinline__ void expand_queries(uint32_t (&a)[STEPS][4], uint32_t i_address, uint32_t j_address) {
-  const uint32_t beta0 = load_shared_32(j_address), beta1 = load_shared_32(j_address + 1024);
-  uint32_t alpha0[STEPS], alpha1[STEPS];
+__device__ __forceinline__ void expand_queries(uint32_t (&a)[STEPS][4], uint32_t i_address, uint32_t j_address, uint32_t keep = ~0u) {
+  const uint32_t alpha0 = load_shared_32(i_address) & keep, alpha1 = load_shared_32(i_address + 1024) & keep;
+  uint32_t beta0[STEPS], beta1[STEPS];
   if constexpr (STEPS == 4) {
-    const uint4 x = load_shared_128(i_address), y = load_shared_128(i_address + 1024);
-    alpha0[0] = x.x, alpha0[1] = x.y, alpha0[2] = x.z, alpha0[3] = x.w;
-    alpha1[0] = y.x, alpha1[1] = y.y, alpha1[2] = y.z, alpha1[3] = y.w;
+    const uint4 x = load_shared_128(j_address), y = load_shared_128(j_address + 1024);
+    beta0[0] = x.x, beta0[1] = x.y, beta0[2] = x.z, beta0[3] = x.w;
+    beta1[0] = y.x, beta1[1] = y.y, beta1[2] = y.z, beta1[3] = y.w;
   } else {
-    const uint2 x = load_shared_64(i_address), y = load_shared_64(i_address + 1024);
-    alpha0[0] = x.x, alpha0[1] = x.y, alpha1[0] = y.x, alpha1[1] = y.y;
+    const uint2 x = load_shared_64(j_address), y = load_shared_64(j_address + 1024);
+    beta0[0] = x.x, beta0[1] = x.y, beta1[0] = y.x, beta1[1] = y.y;
   }
 #pragma unroll
   for (int s = 0; s < STEPS; s++) {
-    a[s][0] = Pair<__half>::multiply(beta0, twice_low(alpha0[s])), a[s][1] = Pair<__half>::multiply(beta1, twice_low(alpha1[s]));
-    a[s][2] = Pair<__half>::multiply(beta0, twice_high(alpha0[s])), a[s][3] = Pair<__half>::multiply(beta1, twice_high(alpha1[s]));
+    a[s][0] = Pair<__half>::multiply(alpha0, twice_low(beta0[s])), a[s][1] = Pair<__half>::multiply(alpha1, twice_low(beta1[s]));
+    a[s][2] = Pair<__half>::multiply(alpha0, twice_high(beta0[s])), a[s][3] = Pair<__half>::multiply(alpha1, twice_high(beta1[s]));
   }
 }
 
 /* Brings this warp's 16 rows of a query tile in, scaled each by 2^a, and notes 2^−a in factors[row]. */
 template <typename In, int PADDED_D>
-__device__ __forceinline__ void stage_queries(const View &q, int64_t head_offset, int first_token, int t, int d, uint32_t tile, float *factors,
-                                              const Lane &at) {
-  constexpr int PIECES = PADDED_D / 8, ROWS_A_STEP = 32 / PIECES, STEPS = 16 / ROWS_A_STEP;
-  uint4 values[STEPS];
-  const int piece = at.lane % PIECES;
-#pragma unroll
-  for (int i = 0; i < STEPS; i++) {
-    const int token = first_token + at.warp * 16 + i * ROWS_A_STEP + at.lane / PIECES;
-    values[i] = token < t ? load_piece<In>(q, head_offset + token * q.time, piece * 8, d) : make_uint4(0, 0, 0, 0);
-  }
-#pragma unroll
-  for (int i = 0; i < STEPS; i++) {
-    const int row = at.warp * 16 + i * ROWS_A_STEP + at.lane / PIECES;
-    const float factor = row_factor(group_max<PIECES>(largest_of<In>(values[i])));
-    store_shared_128(tile + (piece / 8) * TILE_BYTES + swizzled(row, piece % 8), to_half<In>(values[i], factor));
-    if (piece == 0) factors[row] = 1.f / factor;
-  }
+__device__ __forceinline__ void stage_queries(const View &q, int64_t head_offset, int first_token, int t, int d, uint32_t tile, float *factors) {
+  using Rows = WarpRows<In, PADDED_D>;
+  const Rows rows(q, head_offset, first_token, t, d);
+  rows.store(tile, [&](uint4 values, int row) {
+    const float factor = row_factor(group_max<Rows::PIECES>(largest_of<In>(values)));
+    if (rows.piece == 0) factors[row] = 1.f / factor;
+    return factor;
+  });
 }
 
 /* P = s² γ in place, from the product tile on the diagonal: γ = 2^(prefix_i − prefix_j) for j ≤ i. Adds P to the rows' normalisers. */
@@ -190,7 +181,7 @@ __global__ void __launch_bounds__(384, 1) query_kernel(const __grid_constant__ Q
       q_tile[m] = rows_smem + (group * ROW_TILES + m) * T::ROW_HALVES * TILE_BYTES;
       stage_queries<In, PADDED_D>(p.q, block.head / p.z.h_q * p.q.batch + block.head % p.z.h_q * p.q.head,
                                   chunk * p.z.chunk + (own_tile + m) * TILE, p.z.t, p.z.d, q_tile[m],
-                                  unscale + (group * ROW_TILES + m) * TILE, lane);
+                                  unscale + (group * ROW_TILES + m) * TILE);
       den[m][0] = den[m][1] = 0.f;
 #pragma unroll
       for (int i = 0; i < PADDED_E / 2; i++) acc[m][i] = 0.f;
@@ -251,20 +242,20 @@ __global__ void __launch_bounds__(384, 1) query_kernel(const __grid_constant__ Q
 #pragma unroll 1
       for (int pair = 0; pair < p.z.pairs; pair++) {
         ring.wait(at);
-        const uint64_t b = matrix_descriptor(stages_smem + at.slot * T::STAGE_BYTES, 1024, TILE_BYTES);
+        const StateTile<PADDED_E> state{stages_smem + at.slot * T::STAGE_BYTES};
         const uint32_t i_piece = (tile_i / 8) * TILE_BYTES + swizzled(row, tile_i % 8), j_piece = (tile_j / 8) * TILE_BYTES + swizzled(row, tile_j % 8);
 #pragma unroll
         for (int u = 0; u < 2; u++) {
           const int m = ROW_TILES == 2 ? u : 0, part = ROW_TILES == 2 ? 0 : u;
           wgmma_wait<1>(); /* all but the group before this one have ended: a[u] is free, and when u = 1 the slot before */
           if (u == 1 && undrained >= 0) ring.release(undrained);
-          expand_queries<STEPS>(a[u], q_tile[m] + i_piece + part * 8, q_tile[m] + j_piece + lane.quad * 4);
+          expand_queries<STEPS>(a[u], q_tile[m] + i_piece + lane.quad * 4, q_tile[m] + j_piece + part * 8);
           pin(a[u]);
           pin(acc[m]);
           wgmma_fence();
 #pragma unroll
           for (int s = 0; s < STEPS; s++)
-            Wgmma<PADDED_E, __half>::template rs<MN_MAJOR>(acc[m], a[u][s], b + descriptor_offset((part * STEPS + s) * 2048), 1);
+            Wgmma<PADDED_E, __half>::template rs<K_MAJOR>(acc[m], a[u][s], state.features(part * STEPS + s), 1);
           wgmma_commit();
         }
         undrained = at.slot;
@@ -295,12 +286,13 @@ __global__ void __launch_bounds__(384, 1) query_kernel(const __grid_constant__ Q
       auto start_scores = [&](int m, uint32_t keys) {
         pin(scores[m]);
         wgmma_fence();
+        const uint64_t q_a = matrix_descriptor(q_tile[m]), k_b = matrix_descriptor(keys);
 #pragma unroll
         for (int h = 0; h < D_TILES; h++)
 #pragma unroll
           for (int s = 0; s < 4; s++)
-            Wgmma<64, __half>::template ss<K_MAJOR, K_MAJOR>(scores[m], matrix_descriptor(q_tile[m] + h * TILE_BYTES + s * 32),
-                                                             matrix_descriptor(keys + h * TILE_BYTES + s * 32), h + s > 0);
+            Wgmma<64, __half>::template ss<K_MAJOR, K_MAJOR>(scores[m], q_a + descriptor_offset(h * TILE_BYTES + s * 32),
+                                                             k_b + descriptor_offset(h * TILE_BYTES + s * 32), h + s > 0);
         wgmma_commit();
       };
       auto start_values = [&](int m, uint32_t values) {

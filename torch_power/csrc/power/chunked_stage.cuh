@@ -1,20 +1,33 @@
 /* Before the matrix kernels: sum the gates, find each head's range, and write keys and values as scaled float16 tiles.
  *
- * measure_kernel   block (chunk, head): gate sums of the chunk; largest |k| and |v|, into `Maxima` by integer maximum (order-free, so
- *                  two runs agree).
+ * measure_kernel   block (MEASURE_ROWS rows, head): largest |k| and |v|, into `Maxima` by integer maximum (order-free, so two runs agree); the first
+ *                  of a chunk also sums its gates.
  * stage_kernel     block (tile, head): 64 rows of one array, scaled; optionally also transposed with a weight per token.
- * Both read each input once and are bound by device memory.
+ * Both read each input once and are bound by device memory. Heads come first in the order of blocks: their rows are neighbours in memory.
  */
 #pragma once
 #include "chunked_layout.cuh"
 
 namespace power {
 
-constexpr int MEASURE_THREADS = 256, STAGE_THREADS = 256;
+constexpr int MEASURE_THREADS = 256, MEASURE_ROWS = 256, STAGE_THREADS = 256;
 
-/* Largest magnitude in rows [first, last) of one head, into *result. */
+/* The block's largest `x`, into *result. */
+__device__ __forceinline__ void note_largest(float x, unsigned *result) {
+  __shared__ float warp_largest[MEASURE_THREADS / 32];
+  x = group_max<32>(x);
+  if ((threadIdx.x & 31) == 0) warp_largest[threadIdx.x / 32] = x;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int i = 1; i < MEASURE_THREADS / 32; i++) x = fmaxf(x, warp_largest[i]);
+    atomicMax(result, __float_as_uint(x));
+  }
+  __syncthreads();
+}
+
+/* Largest magnitude in rows [first, last) of one head, of this thread's share. */
 template <typename In>
-__device__ void measure_rows(const View &x, int64_t head_offset, int first, int last, int columns, unsigned *result) {
+__device__ __forceinline__ float measure_rows(const View &x, int64_t head_offset, int first, int last, int columns) {
   const int pieces = columns / 8;
   float largest = 0.f;
 #pragma unroll 4
@@ -22,16 +35,14 @@ __device__ void measure_rows(const View &x, int64_t head_offset, int first, int 
     const int row = i / pieces, piece = i - row * pieces;
     largest = fmaxf(largest, largest_of<In>(load_piece<In>(x, head_offset + (first + row) * x.time, piece * 8, columns)));
   }
-  largest = group_max<32>(largest);
-  if ((threadIdx.x & 31) == 0) atomicMax(result, __float_as_uint(largest));
+  return largest;
 }
 
 /* Largest magnitude of `count` floats, into *result. */
-__device__ inline void measure_floats(const float *x, int64_t count, int part, int parts, unsigned *result) {
+__device__ __forceinline__ void measure_floats(const float *x, int64_t count, int part, int parts, unsigned *result) {
   float largest = 0.f;
   for (int64_t i = int64_t(part) * blockDim.x + threadIdx.x; i < count; i += int64_t(parts) * blockDim.x) largest = fmaxf(largest, fabsf(x[i]));
-  largest = group_max<32>(largest);
-  if ((threadIdx.x & 31) == 0) atomicMax(result, __float_as_uint(largest));
+  note_largest(largest, result);
 }
 
 /* Gate sums of one chunk. A warp takes a tile: lane l the tokens 2l and 2l + 1. */
@@ -109,15 +120,19 @@ struct MeasureParams {
 };
 
 template <typename In>
-__global__ void __launch_bounds__(MEASURE_THREADS) measure_kernel(const __grid_constant__ MeasureParams p) {
-  const int chunk = blockIdx.x, head = blockIdx.y, batch = head / p.z.h_kv, kv_head = head % p.z.h_kv;
-  const int first = chunk * p.z.chunk, last = min(first + p.z.chunk, p.z.t);
+__global__ void __launch_bounds__(MEASURE_THREADS, 4) /* or ptxas keeps to 40 registers and spills */ measure_kernel(const __grid_constant__ MeasureParams p) {
+  const int heads = p.z.b * p.z.h_kv, head = blockIdx.x % heads, batch = head / p.z.h_kv, kv_head = head % p.z.h_kv;
+  const int part = blockIdx.x / heads, chunk = part / (p.z.chunk / MEASURE_ROWS);
+  const int first = min(part * MEASURE_ROWS, p.z.t), last = min(first + MEASURE_ROWS, p.z.t);
+  const float k_largest = measure_rows<In>(p.k, batch * p.k.batch + kv_head * p.k.head, first, last, p.z.d);
+  const float v_largest = measure_rows<In>(p.v, batch * p.v.batch + kv_head * p.v.head, first, last, p.z.e);
+  note_largest(k_largest, p.maxima.k + head);
+  note_largest(v_largest, p.maxima.v + head);
+  if (part % (p.z.chunk / MEASURE_ROWS) > 0) return;
   sum_gates(p.z, p.log_g, p.gates, batch, kv_head, chunk);
-  measure_rows<In>(p.k, batch * p.k.batch + kv_head * p.k.head, first, last, p.z.d, p.maxima.k + head);
-  measure_rows<In>(p.v, batch * p.v.batch + kv_head * p.v.head, first, last, p.z.e, p.maxima.v + head);
   const int64_t rows = int64_t(p.z.pairs) * 64;
-  if (p.s0 != nullptr) measure_floats(p.s0 + head * rows * p.z.e, rows * p.z.e, chunk, gridDim.x, p.maxima.s + head);
-  if (p.z0 != nullptr) measure_floats(p.z0 + head * rows, rows, chunk, gridDim.x, p.maxima.z + head);
+  if (p.s0 != nullptr) measure_floats(p.s0 + head * rows * p.z.e, rows * p.z.e, chunk, p.z.chunks, p.maxima.s + head);
+  if (p.z0 != nullptr) measure_floats(p.z0 + head * rows, rows, chunk, p.z.chunks, p.maxima.z + head);
 }
 
 /* Largest entries of a gradient of the last state, over those of the first state that `Maxima` held till then. */
@@ -139,10 +154,9 @@ struct StageParams {
   __half *rows;         /* staged tiles, or null */
   __half *transposed;   /* weighted transposed tiles, or null */
   const float *weights; /* per head of x and token */
+  __half *moment_weights; /* with transposed, in token_order: the weights, or 0 for gradient_q_kernel to replace */
+  int moments_later;
   float *row_scale;     /* per head of x and token, or null: a further factor on the row; with Scaling::ROW, replaced by the whole factor */
-  const float *delta;   /* with row_values: per head of x and token, scaled by 2^(this array's exponent + that of v); null means zero */
-  __half *row_values;   /* −delta scaled, or null */
-  const unsigned *v_largest;
 };
 
 /* One tile: WIDTH padded columns, WIDTH / 8 neighbouring lanes to a row. */
@@ -150,7 +164,7 @@ template <typename In, int WIDTH, Scaling SCALING>
 __global__ void __launch_bounds__(STAGE_THREADS) stage_kernel(const __grid_constant__ StageParams p) {
   constexpr int PIECES = WIDTH / 8, PITCH = WIDTH + 2; /* an odd number of words: a row's writers spread over the banks */
   __shared__ __half tile_smem[TILE * PITCH];
-  const int tile = blockIdx.x, head = blockIdx.y, batch = head / p.heads, own = head % p.heads;
+  const int heads = p.z.b * p.heads, tile = blockIdx.x / heads, head = blockIdx.x % heads, batch = head / p.heads, own = head % p.heads;
   const int kv = batch * p.z.h_kv + own / (p.heads / p.z.h_kv);
   const int64_t out = (int64_t(head) * p.z.tiles + tile) * (TILE * WIDTH);
   const float head_factor = SCALING == Scaling::HEAD ? power_of_two(scaling_exponent(p.largest[kv], p.range)) : 1.f;
@@ -175,26 +189,22 @@ __global__ void __launch_bounds__(STAGE_THREADS) stage_kernel(const __grid_const
 #pragma unroll
     for (int j = 0; j < 4; j++) *reinterpret_cast<uint32_t *>(tile_smem + row * PITCH + piece * 8 + 2 * j) = pairs[j];
   }
-  if (p.row_values != nullptr && threadIdx.x < TILE) {
-    const int64_t at = head * p.z.tokens + tile * TILE + threadIdx.x;
-    const float delta = p.delta == nullptr ? 0.f : p.delta[at] * power_of_two(scaling_exponent(p.v_largest[kv], V_RANGE));
-    p.row_values[at] = __float2half(-delta * head_factor);
-  }
   if (p.transposed == nullptr) return;
   __syncthreads();
   const float *weights = p.weights + head * p.z.tokens + tile * TILE;
+  if (threadIdx.x < TILE)
+    p.moment_weights[head * p.z.tokens + tile * TILE + threadIdx.x] = __float2half(p.moments_later ? 0.f : weights[token_at(threadIdx.x)]);
 #pragma unroll
   for (int i = threadIdx.x; i < TILE * PIECES; i += STAGE_THREADS) {
     const int row = i / 8, piece = i % 8; /* row of the transpose: a feature; piece: eight tokens; a warp writes whole rows */
     uint32_t pairs[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      const int token = piece * 8 + 2 * j;
+      const int token = token_at(piece * 8 + 2 * j);
       pairs[j] = Pair<__half>::pack(__half2float(tile_smem[token * PITCH + row]) * weights[token],
                                     __half2float(tile_smem[(token + 1) * PITCH + row]) * weights[token + 1]);
     }
-    *reinterpret_cast<uint4 *>(reinterpret_cast<char *>(p.transposed + out) + swizzled(row, piece)) =
-        make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    *reinterpret_cast<uint4 *>(p.transposed + out + i * 8) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   }
 }
 

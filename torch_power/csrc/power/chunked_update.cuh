@@ -2,24 +2,30 @@
  * φ is never in memory. Forward: x = k, y = v, w = chunk_decay. Backward: the gradient of the state behind every chunk, chunks
  * taken last to first, x = q, y = dy, w = the query's weight (chunked_backward.cuh).
  *
- * Block (set, head): UPDATE_GROUPS consumer warpgroups, each with one pair (I, J) of feature tiles: 64 state rows (α, β) by e columns
- * in accumulators, for the whole sequence; one warp loads tiles of 64 tokens. The block with set = gridDim.x − 1 keeps the
- * moments Σ w x x^T of the normaliser instead.
- *   A (registers): x[8J + β] from the row tile by transposing ldmatrix, times x[8I + α] · w, one row of the transposed tile which
- *   ldmatrix hands to all lanes by giving eight times the same address.      B (shared memory): the y tile, MN-major.
- * Shared memory: ring of [x rows | y rows | 8 rows of x transposed a warpgroup], and a staging tile for the states written.
+ * A block keeps four slices Sᵀ[e, (β, ·)] of one head for the whole sequence: features 8J + β of x, two neighbouring β, for two feature tiles J whose
+ * columns (J + 1 tiles I ≤ J of eight) add up to the same number in every block. Two consumer warpgroups, one loading warp; each warpgroup takes 64
+ * columns of y: with e ≤ 64 one β, otherwise half of y for both.
+ *   A (registers): yᵀ, loaded once a tile by a transposing ldmatrix, times x[·, 8J + β] · w token by token
+ *   B (shared memory): columns 0 … 8J + 7 of the x tile, MN-major.
+ * The last blocks keep the normaliser's moments Σ w x xᵀ instead, a warpgroup 64 rows of one head's.
+ * Two blocks of a head make a cluster: each loads half of an x and a y tile into both, which halves what L2 has to give.
+ * Shared memory: a ring of [x rows | y rows | four weighted feature rows of x], in the last blocks [x rows and token weights of a head or two].
+ * Cycles a 64-token tile at d = e = 64: products 288; shared memory 144 (B) + 128 (yᵀ twice) + 32 + 132 (arriving) = 436. (A = φ in registers and
+ * B = y, the form before this one: 624 on 104 multiprocessors instead of 132.)
  */
 #pragma once
+#include "../sm90/cluster.cuh"
+#include "../sm90/wgmma_widths.cuh"
 #include "chunked_layout.cuh"
 
 namespace power {
 
-constexpr int UPDATE_GROUPS = 3; /* 8 heads × 12 blocks = 96 of 132 SMs; 2 groups (144 blocks) leave a second wave */
+constexpr int UPDATE_THREADS = 384; /* two consumer warpgroups; one that loads, of which a warp runs */
 
 struct UpdateParams {
   Sizes z;
   const __half *rows, *transposed, *values; /* staged x, w·x transposed, y; `group` heads of x per state head */
-  const __half *row_values;                 /* backward: −dy^·y^ per token, the moments' "value"; null means 1 */
+  const __half *moment_weights;             /* per head of x and token, in token_order: w, backward −w dy^·y^ */
   int group, reverse;
   const float *chunk_sum, *weight; /* [state head][chunk]; [head of x][chunk][weight_parts], to be added up */
   int weight_parts;
@@ -47,31 +53,20 @@ __device__ __forceinline__ void state_exponents(const UpdateParams &p, int head,
 template <int PADDED_D, int PADDED_E>
 struct UpdateTiles {
   static constexpr int D_TILES = PADDED_D / 64, E_TILES = PADDED_E / 64;
-  static constexpr int PAIR_BYTES = (D_TILES + E_TILES) * TILE_BYTES + UPDATE_GROUPS * 1024;
-  static constexpr int MOMENT_BYTES = 2 * D_TILES * TILE_BYTES + 1024;
-  static constexpr int STAGE_BYTES = PAIR_BYTES > MOMENT_BYTES ? PAIR_BYTES : MOMENT_BYTES;
-  static constexpr int OUT_TILES = E_TILES > D_TILES ? E_TILES : D_TILES;
-  static constexpr int OUT_BYTES = UPDATE_GROUPS * OUT_TILES * TILE_BYTES;
-  static constexpr int STAGES = STAGE_BYTES > 32768 ? 4 : STAGE_BYTES > 24576 ? 5 : 8;
-  static constexpr int SMEM_BYTES = 1024 + STAGES * STAGE_BYTES + OUT_BYTES + Ring<STAGES>::BYTES;
+  static constexpr int FEATURE_TILES = PADDED_D / FEATURE_TILE;
+  static constexpr int BLOCKS_A_HEAD = FEATURE_TILES / 2 * (FEATURE_TILE / 2); /* two J, two β */
+  static constexpr int BETAS = E_TILES;                                        /* of a warpgroup */
+  static constexpr int MOMENT_HEADS = 2 / D_TILES;                             /* of a block that keeps moments */
+  /* Slices whose products go together, and are made ready while those of the group before run: two hide the latency of loading and multiplying, one
+   * is what 136 accumulators leave registers for. */
+  static constexpr int GROUP = PADDED_D + PADDED_E == 256 ? 1 : 2;
+  static constexpr int TILES_A_STEP = 2 * BETAS / GROUP == 1 ? 2 : 1; /* an even number of groups, to alternate between two sets of fragments */
+  static constexpr int WEIGHTED_BYTES = 2 * 128;                               /* two feature rows of one J */
+  static constexpr int STAGE_BYTES = (D_TILES + E_TILES) * TILE_BYTES + 1024;
+  static constexpr int STAGES = STAGE_BYTES > 32768 ? 5 : STAGE_BYTES > 24576 ? 7 : 8;
+  static constexpr int SMEM_BYTES = 1024 + STAGES * STAGE_BYTES + Ring<STAGES>::BYTES;
+  static int blocks(int heads) { return heads * BLOCKS_A_HEAD + (heads + 2 * MOMENT_HEADS - 1) / (2 * MOMENT_HEADS) * 2; }
 };
-
-/* Rounds an accumulator of 64 rows × 64·TILES columns into swizzled tiles at `out` and sends them to `gmem`. */
-template <int TILES>
-__device__ __forceinline__ void write_state(float (&acc)[32 * TILES], float factor, uint32_t out, __half *gmem, const Lane &at, int group) {
-  if ((threadIdx.x & 127) == 0) bulk_wait_read<0>(); /* the copy before last may still read the staging tile */
-  named_barrier_sync(CONSUMER + group, 128);
-  const int row = at.warp * 16 + at.group;
-#pragma unroll
-  for (int n = 0; n < 8 * TILES; n++) {
-    const uint32_t tile = out + (n / 8) * TILE_BYTES + at.quad * 4;
-    store_shared_32(tile + swizzled(row, n % 8), Pair<__half>::pack(acc[4 * n] * factor, acc[4 * n + 1] * factor));
-    store_shared_32(tile + swizzled(row + 8, n % 8), Pair<__half>::pack(acc[4 * n + 2] * factor, acc[4 * n + 3] * factor));
-  }
-  fence_proxy_async();
-  named_barrier_sync(CONSUMER + group, 128);
-  if ((threadIdx.x & 127) == 0) bulk_store(gmem, out, TILES * TILE_BYTES), bulk_commit();
-}
 
 /* Decay of a chunk, and the bound of what its tokens add (the same in every lane). */
 __device__ __forceinline__ float2 chunk_factors(const UpdateParams &p, int head, int chunk, int lane) {
@@ -83,13 +78,12 @@ __device__ __forceinline__ float2 chunk_factors(const UpdateParams &p, int head,
   return make_float2(exp2f(p.chunk_sum[head * p.z.chunks + chunk]), weight);
 }
 
-/* The scan over chunks, the same for both kinds of block: `store(chunk, bound)` before a chunk, `accumulate(slot, half, undrained)` per tile.
- * Returns the decay over all chunks. */
-template <int STAGES, int N, class Store, class Accumulate>
-__device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring<STAGES> &ring, float (&acc)[N], int head, float bound, bool has_first,
-                                             int lane, Store store, Accumulate accumulate) {
+/* The scan over chunks, the same for both kinds of block: `store(chunk, bound)` before a chunk, `decay(factor)` of the accumulators, `accumulate(slot,
+ * part, undrained)` per tile, `part` of TILES_A_STEP, which releases the slot of the tile before when its products have ended. Returns the decay over all chunks. */
+template <int STAGES, int TILES_A_STEP, class Ring, class Store, class Decay, class Accumulate>
+__device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring &ring, int head, float bound, bool has_first, int lane,
+                                             Store store, Decay decay, Accumulate accumulate) {
   RingPosition<STAGES> at;
-  int undrained = -1; /* slot of the tile before, whose product may still run */
   float total_decay = 1.f;
   float2 factors = chunk_factors(p, head, p.reverse ? p.z.chunks - 1 : 0, lane);
 #pragma unroll 1
@@ -97,231 +91,325 @@ __device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring<S
     const int chunk = p.reverse ? p.z.chunks - 1 - step : step;
     if (step > 0 || has_first) store(chunk, bound);
     bound = bound * factors.x + factors.y, total_decay *= factors.x;
-#pragma unroll
-    for (int i = 0; i < N; i++) acc[i] *= factors.x;
+    decay(factors.x);
     if (step + 1 < p.z.chunks) factors = chunk_factors(p, head, p.reverse ? chunk - 1 : chunk + 1, lane); /* arrives during the tiles */
+    int undrained = -1;
 #pragma unroll 1
-    for (int tile = 0; tile < p.group * p.z.chunk_tiles; tile += 2) {
+    for (int tile = 0; tile < p.group * p.z.chunk_tiles; tile += TILES_A_STEP) {
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
+      for (int part = 0; part < TILES_A_STEP; part++) {
         ring.wait(at);
-        accumulate(at.slot, half, undrained);
+        accumulate(at.slot, part, undrained);
         undrained = at.slot;
         at.advance();
       }
     }
     wgmma_wait<0>();
-    pin(acc);
     ring.release(undrained);
-    undrained = -1;
   }
   return total_decay;
 }
 
-/* The loading warp. Every lane owns at most one copy a tile, its addresses worked out once: a single lane that issued them all and found its
- * pairs anew per tile took twice as long as the products (NOTES, "Chunked CUDA"). */
-template <int PADDED_D, int PADDED_E, class UpdateRing>
-__device__ __forceinline__ void load_tiles(const UpdateParams &p, const UpdateRing &ring, uint32_t stages_smem, int head, int first_pair, int workers,
-                                           bool moments, int lane) {
-  using T = UpdateTiles<PADDED_D, PADDED_E>;
-  constexpr uint32_t D_BYTES = T::D_TILES * TILE_BYTES, E_BYTES = T::E_TILES * TILE_BYTES;
-  const char *source = nullptr;
-  int64_t tile_bytes = D_BYTES;
+/* A lane's copy of every tile: `source` + (tile of its head of x) · tile_bytes → slot + offset, in both blocks of the cluster if `to_both`. */
+struct TileCopy {
+  const void *source = nullptr;
+  int64_t tile_bytes = 0;
   uint32_t offset = 0, bytes = 0;
-  if (lane == 0) {
-    source = reinterpret_cast<const char *>(p.rows), bytes = D_BYTES;
-  } else if (moments) {
-    if (lane == 1) source = reinterpret_cast<const char *>(p.transposed), offset = D_BYTES, bytes = D_BYTES;
-    if (lane == 2 && p.row_values != nullptr)
-      source = reinterpret_cast<const char *>(p.row_values), offset = 2 * D_BYTES, bytes = tile_bytes = 2 * TILE;
-  } else if (lane == 1) {
-    source = reinterpret_cast<const char *>(p.values), offset = D_BYTES, bytes = tile_bytes = E_BYTES;
-  } else if (lane - 2 < workers) {
-    int tile_i, tile_j;
-    pair_tiles(first_pair + lane - 2, tile_i, tile_j);
-    source = reinterpret_cast<const char *>(p.transposed) + tile_i * 1024, offset = D_BYTES + E_BYTES + (lane - 2) * 1024, bytes = 1024;
-  }
-  uint32_t total = bytes;
+  bool to_both = false;
+};
+
+/* The loading warp. Every lane owns at most one copy a tile, its addresses worked out once: a single lane that issued them all took twice
+ * as long as the products (NOTES, "Chunked CUDA"). */
+template <int STAGES, int STAGE_BYTES, class Ring>
+__device__ __forceinline__ void load_tiles(const UpdateParams &p, const Ring &ring, uint32_t stages_smem, int head, const TileCopy &copy) {
+  const int lane = threadIdx.x & 31;
+  uint32_t total = copy.to_both ? 2 * copy.bytes : copy.bytes;
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) total += __shfl_xor_sync(~0u, total, distance);
-  RingPosition<T::STAGES> at;
+  RingPosition<STAGES> at;
   for (int step = 0; step < p.z.chunks; step++) {
     const int chunk = p.reverse ? p.z.chunks - 1 - step : step;
     for (int member = 0; member < p.group; member++) {
       const int64_t first_tile = int64_t(head * p.group + member) * p.z.tiles + chunk * p.z.chunk_tiles;
-      const char *from = source + first_tile * tile_bytes;
+      const char *from = static_cast<const char *>(copy.source) + first_tile * copy.tile_bytes;
 #pragma unroll 1
-      for (int i = 0; i < p.z.chunk_tiles; i++, from += tile_bytes) {
+      for (int i = 0; i < p.z.chunk_tiles; i++, from += copy.tile_bytes) {
         if (lane == 0) ring.acquire(at, total);
         __syncwarp();
-        if (bytes > 0) bulk_load(stages_smem + at.slot * T::STAGE_BYTES + offset, from, bytes, ring.full(at.slot));
+        const uint32_t to = stages_smem + at.slot * STAGE_BYTES + copy.offset;
+        if (copy.to_both) bulk_load_to_both(to, from, copy.bytes, ring.full(at.slot));
+        else if (copy.bytes > 0) bulk_load(to, from, copy.bytes, ring.full(at.slot));
         at.advance();
       }
     }
   }
 }
 
-template <int PADDED_D, int PADDED_E>
-__global__ void __launch_bounds__((UPDATE_GROUPS + 1) * 128, 1) update_state_kernel(const __grid_constant__ UpdateParams p) {
+/* A fragments: yᵀ with token t times factors[t], 64 float16 in token_order (chunked_layout.cuh) that all rows share. */
+__device__ __forceinline__ void weigh_tokens(uint32_t (&a)[4][4], const uint32_t (&y)[4][4], uint32_t factors, const Lane &at) {
+  const uint4 first = load_shared_128(factors + at.quad * 32), second = load_shared_128(factors + at.quad * 32 + 16);
+  const uint32_t pairs[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+#pragma unroll
+  for (int s = 0; s < 4; s++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[s][i] = Pair<__half>::multiply(y[s][i], pairs[2 * s + i / 2]);
+}
+
+/* One warpgroup's slices of a head: columns of y from `y_tile` · 64 on, features 8 j_high + β and 8 j_low + β, β from `beta` on. A tile beyond the
+ * head's features (j ≥ feature_tiles) is computed on zeros and not written. */
+template <int PADDED_D, int PADDED_E, int HIGH_COLUMNS, int LOW_COLUMNS>
+__device__ __forceinline__ void update_slices(const UpdateParams &p, const PairRing<UpdateTiles<PADDED_D, PADDED_E>::STAGES> &ring, uint32_t stages_smem,
+                                              int head, int j_high, int j_low, int beta, int first_beta, int y_tile, bool writes_units) {
   using T = UpdateTiles<PADDED_D, PADDED_E>;
-  constexpr int D_TILES = T::D_TILES, E_TILES = T::E_TILES;
+  constexpr int BETAS = T::BETAS;
+  const Lane lane;
+  const int heads = p.z.b * p.z.h_kv, row = y_tile * 64 + lane.warp * 16 + lane.group; /* of yᵀ, and row + 8 */
+  float high[BETAS][HIGH_COLUMNS / 2], low[BETAS][LOW_COLUMNS / 2];
+  uint32_t y[4][4], a[2][T::GROUP][4][4];
+
+  auto each_slice = [&](auto visit) {
+#pragma unroll
+    for (int i = 0; i < BETAS; i++) visit(high[i], j_high, beta + i), visit(low[i], j_low, beta + i);
+  };
+  /* Visits (accumulator, element of the public state, whether I = J) of every entry that the caller's state has. */
+  auto each_entry = [&](auto visit) {
+    each_slice([&](auto &slice, int j, int b) {
+      int element = (j * 64 + lane.quad * 16 + b) * p.z.e + row; /* of pair (0, j), α = 2 · quad */
+#pragma unroll
+      for (int i = 0; i < int(sizeof(slice) / 16); i++) {
+        if (i <= j && j < p.z.feature_tiles) {
+#pragma unroll
+          for (int n = 0; n < 4; n++) { /* α + 1 if n is odd, column row + 8 if n ≥ 2 */
+            const int column = n / 2 * 8;
+            if (row + column < p.z.e) visit(slice[4 * i + n], element + n % 2 * 8 * p.z.e + column, i == j);
+          }
+        }
+        __syncwarp(); /* a few entries at a time, or their addresses spill */
+        element += (p.z.feature_tiles - i - 1) * 64 * p.z.e;
+      }
+    });
+  };
+
+  int s_exponent, z_exponent;
+  state_exponents(p, head, s_exponent, z_exponent);
+  const int64_t state_size = int64_t(p.z.pairs) * 64 * p.z.e;
+  /* A gradient is of the public rows; accumulators are without multiplicity, which the query puts on them. */
+  const float in_factor = power_of_two(s_exponent), off_diagonal = p.reverse ? 2.f : 1.f;
+  each_slice([&](auto &slice, int, int) {
+#pragma unroll
+    for (int n = 0; n < int(sizeof(slice) / 4); n++) slice[n] = 0.f;
+  });
+  if (p.s_in != nullptr)
+    each_entry([&](float &value, int element, bool diagonal) {
+      value = p.s_in[head * state_size + element] * (diagonal ? in_factor : in_factor / off_diagonal);
+    });
+  const float first_bound = p.s_in == nullptr ? 0.f : __uint_as_float(p.maxima.s[head]) * in_factor * power_of_two(-p.state_bits);
+
+  scan_chunks<T::STAGES, T::TILES_A_STEP>(
+      p, ring, head, first_bound, p.s_in != nullptr, lane.lane,
+      [&](int chunk, float bound) {
+        const int unit = state_unit(bound, p.state_bits);
+        if (writes_units && (threadIdx.x & 127) == 0) p.state_units[chunk * heads + head] = unit;
+        const float factor = power_of_two(-unit);
+        __half *states = p.states + int64_t(chunk * heads + head) * p.z.pairs * 64 * PADDED_E + row * 8 + lane.quad * 2;
+        each_slice([&](auto &slice, int j, int b) {
+          pin(slice);
+          __half *tile = states + (j * (j + 1) / 2 * 8 + b) * (8 * PADDED_E);
+#pragma unroll
+          for (int i = 0; i < int(sizeof(slice) / 16); i++) {
+            if (i > j || j >= p.z.feature_tiles) continue;
+            const float unit_factor = i == j ? factor : 2.f * factor;
+            uint32_t *to = reinterpret_cast<uint32_t *>(tile + i * (64 * PADDED_E));
+            to[0] = Pair<__half>::pack(slice[4 * i] * unit_factor, slice[4 * i + 1] * unit_factor);
+            to[32] = Pair<__half>::pack(slice[4 * i + 2] * unit_factor, slice[4 * i + 3] * unit_factor);
+          }
+        });
+      },
+      [&](float factor) {
+        each_slice([&](auto &slice, int, int) {
+#pragma unroll
+          for (int n = 0; n < int(sizeof(slice) / 4); n++) slice[n] *= factor;
+        });
+      },
+      [&](int slot, int part, int undrained) {
+        const uint32_t rows = stages_smem + slot * T::STAGE_BYTES, values = rows + T::D_TILES * TILE_BYTES;
+        const uint32_t weighted = values + T::E_TILES * TILE_BYTES + (beta - first_beta) * 128;
+        const uint64_t b = matrix_descriptor(rows, 1024, TILE_BYTES);
+        load_fragments_transposed(y, values + y_tile * TILE_BYTES, lane);
+        /* Slice n of the warpgroup: β = n / 2, the high J if n is even. */
+#pragma unroll
+        for (int first = 0; first < 2 * BETAS; first += T::GROUP) {
+          uint32_t(&fragments)[T::GROUP][4][4] = a[(part * 2 * BETAS + first) / T::GROUP % 2]; /* the products that read them have ended */
+#pragma unroll
+          for (int n = first; n < first + T::GROUP; n++) {
+            weigh_tokens(fragments[n - first], y, weighted + n % 2 * T::WEIGHTED_BYTES + n / 2 * 128, lane);
+            pin(fragments[n - first]);
+            if (n % 2 == 0) pin(high[n / 2]);
+            else pin(low[n / 2]);
+          }
+          wgmma_fence();
+#pragma unroll
+          for (int n = first; n < first + T::GROUP; n++)
+#pragma unroll
+            for (int s = 0; s < 4; s++) {
+              if (n % 2 == 0) Wgmma<HIGH_COLUMNS, __half>::template rs<MN_MAJOR>(high[n / 2], fragments[n - first][s], b + descriptor_offset(s * 2048), 1);
+              else Wgmma<LOW_COLUMNS, __half>::template rs<MN_MAJOR>(low[n / 2], fragments[n - first][s], b + descriptor_offset(s * 2048), 1);
+            }
+          wgmma_commit();
+          wgmma_wait<1>();
+          if (first == 0 && undrained >= 0) ring.release(undrained);
+        }
+      });
+  if (p.s_out == nullptr) return;
+  each_slice([&](auto &slice, int, int) { pin(slice); });
+  const float out_factor = power_of_two(-s_exponent);
+  each_entry([&](float &value, int element, bool diagonal) {
+    p.s_out[head * state_size + element] = value * (diagonal ? out_factor : out_factor * off_diagonal);
+  });
+}
+
+/* Calls update_slices with the widths of the block's two feature tiles; HIGH counts down to `j_high`. */
+template <int PADDED_D, int PADDED_E, int HIGH = PADDED_D / FEATURE_TILE - 1, class... Arguments>
+__device__ __forceinline__ void dispatch_slices(const UpdateParams &p, int j_high, Arguments... arguments) {
+  constexpr int TILES = PADDED_D / FEATURE_TILE;
+  if (j_high >= p.z.feature_tiles) {
+    if constexpr (HIGH == TILES - 1) update_slices<PADDED_D, PADDED_E, 8, PADDED_D / 2>(p, arguments...);
+  } else if (j_high == HIGH) {
+    update_slices<PADDED_D, PADDED_E, 8 * (HIGH + 1), 8 * (TILES - HIGH)>(p, arguments...);
+  } else if constexpr (HIGH > TILES / 2) {
+    dispatch_slices<PADDED_D, PADDED_E, HIGH - 1>(p, j_high, arguments...);
+  }
+}
+
+/* 64 rows of the moments of features x (rows: 64·row_tile + row) and y (columns) of one head, from and to the public z, which has I ≤ J only; of a
+ * diagonal block, whose (α, β) and (β, α) meet the same q_α q_β, the symmetric half, to which the other half is added when z leaves. A gradient of
+ * z is of one of its rows; moments off the diagonal count such a row twice. `rows_offset`, `weights_offset`: of the head's tile within a stage. */
+template <int PADDED_D, int PADDED_E>
+__device__ __forceinline__ void update_moments(const UpdateParams &p, const Ring<UpdateTiles<PADDED_D, PADDED_E>::STAGES> &ring, uint32_t stages_smem,
+                                               int head, int row_tile, uint32_t rows_offset, uint32_t weights_offset, bool real) {
+  using T = UpdateTiles<PADDED_D, PADDED_E>;
+  const Lane lane;
+  const int heads = p.z.b * p.z.h_kv, row = lane.warp * 16 + lane.group;
+  float acc[PADDED_D / 2];
+  uint32_t x[4][4], a[4][4];
+  int s_exponent, z_exponent;
+  state_exponents(p, head, s_exponent, z_exponent);
+  const int64_t state_rows = int64_t(p.z.pairs) * 64;
+  const float *z_in = p.z_in == nullptr ? nullptr : p.z_in + head * state_rows;
+  float *z_out = p.z_out == nullptr ? nullptr : p.z_out + head * state_rows;
+  const float in_factor = power_of_two(z_exponent), out_factor = power_of_two(-z_exponent), rows_of_off_diagonal = p.reverse ? 2.f : 1.f;
+  auto z_row = [&](int x, int y) { return public_pair(x / 8, y / 8, p.z.feature_tiles) * 64 + (x % 8) * 8 + y % 8; };
+  auto each = [&](auto visit) {
+#pragma unroll
+    for (int i = 0; i < PADDED_D / 2; i++) {
+      visit(acc[i], row_tile * 64 + row + ((i & 2) ? 8 : 0), (i / 4) * 8 + lane.quad * 2 + (i & 1));
+      if (i % 4 == 3) asm volatile("" ::: "memory"); /* four loads at a time, or their addresses spill */
+    }
+  };
+  each([&](float &value, int x, int y) {
+    value = 0.f;
+    if (z_in == nullptr || x >= p.z.d || y >= p.z.d) return;
+    value = x / 8 == y / 8 ? 0.5f * (z_in[z_row(x, y)] + z_in[z_row(y, x)]) : z_in[x < y ? z_row(x, y) : z_row(y, x)] / rows_of_off_diagonal;
+    value *= in_factor;
+  });
+  const float first_bound = z_in == nullptr ? 0.f : __uint_as_float(p.maxima.z[head]) * in_factor * power_of_two(-p.moment_bits);
+  const float total_decay = scan_chunks<T::STAGES, 1>(
+      p, ring, head, first_bound, z_in != nullptr, lane.lane,
+      [&](int chunk, float bound) {
+        pin(acc);
+        if (!real) return;
+        const int unit = state_unit(bound, p.moment_bits);
+        const float factor = power_of_two(-unit);
+        if (row_tile == 0 && (threadIdx.x & 127) == 0) p.moment_units[chunk * heads + head] = unit;
+        char *moments = reinterpret_cast<char *>(p.moments + (int64_t(chunk * heads + head) * T::D_TILES + row_tile) * T::D_TILES * 4096);
+#pragma unroll
+        for (int n = 0; n < PADDED_D / 8; n++) {
+          char *tile = moments + (n / 8) * TILE_BYTES + lane.quad * 4;
+          *reinterpret_cast<uint32_t *>(tile + swizzled(row, n % 8)) = Pair<__half>::pack(acc[4 * n] * factor, acc[4 * n + 1] * factor);
+          *reinterpret_cast<uint32_t *>(tile + swizzled(row + 8, n % 8)) = Pair<__half>::pack(acc[4 * n + 2] * factor, acc[4 * n + 3] * factor);
+        }
+      },
+      [&](float factor) {
+#pragma unroll
+        for (int i = 0; i < PADDED_D / 2; i++) acc[i] *= factor;
+      },
+      [&](int slot, int, int undrained) {
+        const uint32_t rows = stages_smem + slot * T::STAGE_BYTES + rows_offset;
+        load_fragments_transposed(x, rows + row_tile * TILE_BYTES, lane);
+        wgmma_wait<0>();
+        if (undrained >= 0) ring.release(undrained);
+        weigh_tokens(a, x, stages_smem + slot * T::STAGE_BYTES + weights_offset, lane);
+        pin(a);
+        pin(acc);
+        wgmma_fence();
+        const uint64_t b = matrix_descriptor(rows, 1024, TILE_BYTES);
+#pragma unroll
+        for (int s = 0; s < 4; s++) Wgmma<PADDED_D, __half>::template rs<MN_MAJOR>(acc, a[s], b + descriptor_offset(s * 2048), 1);
+        wgmma_commit();
+      });
+  pin(acc);
+  if (z_out == nullptr || !real) return;
+  each([&](float &value, int x, int y) {
+    if (x >= p.z.d || y >= p.z.d || x / 8 > y / 8) return;
+    const bool diagonal = x / 8 == y / 8;
+    const float other_half = diagonal && z_in != nullptr ? 0.5f * (z_in[z_row(x, y)] - z_in[z_row(y, x)]) * total_decay : 0.f;
+    z_out[z_row(x, y)] = value * out_factor * (diagonal ? 1.f : rows_of_off_diagonal) + other_half;
+  });
+}
+
+template <int PADDED_D, int PADDED_E>
+__global__ void __cluster_dims__(2) __launch_bounds__(UPDATE_THREADS, 1) update_state_kernel(const __grid_constant__ UpdateParams p) {
+  using T = UpdateTiles<PADDED_D, PADDED_E>;
+  constexpr uint32_t D_BYTES = T::D_TILES * TILE_BYTES, E_BYTES = T::E_TILES * TILE_BYTES, WEIGHTS_BYTES = TILE * 2;
   extern __shared__ uint8_t smem_raw[];
-  const uint32_t stages_smem = (smem_address(smem_raw) + 1023) & ~1023u, out_smem = stages_smem + T::STAGES * T::STAGE_BYTES;
-  const Ring<T::STAGES> ring{out_smem + T::OUT_BYTES};
-  const int group = threadIdx.x >> 7, head = blockIdx.y, heads = p.z.b * p.z.h_kv;
-  const bool moments = blockIdx.x == gridDim.x - 1;
-  const int first_pair = blockIdx.x * UPDATE_GROUPS, workers = moments ? D_TILES : min(UPDATE_GROUPS, p.z.pairs - first_pair);
+  const uint32_t stages_smem = (smem_address(smem_raw) + 1023) & ~1023u, barriers = stages_smem + T::STAGES * T::STAGE_BYTES;
+  const Ring<T::STAGES> ring{barriers};
+  const PairRing<T::STAGES> pair_ring(barriers);
+  const int group = threadIdx.x >> 7, lane = threadIdx.x & 31, heads = p.z.b * p.z.h_kv;
+  const int moment_block = int(blockIdx.x) - heads * T::BLOCKS_A_HEAD;
+  const int set = blockIdx.x % T::BLOCKS_A_HEAD, j_high = T::FEATURE_TILES - 1 - set / 4, j_low = set / 4, first_beta = set % 4 * 2;
   if (threadIdx.x == 0) {
-    ring.init(4 * workers);
+    if (moment_block < 0) pair_ring.init(8);
+    else ring.init(8);
     mbarrier_init_fence();
   }
-  __syncthreads();
+  cluster_sync();
 
-  if (group == UPDATE_GROUPS) {
-    registers_lower<32>();
-    const int lane = threadIdx.x - UPDATE_GROUPS * 128;
-    if (lane < 32) load_tiles<PADDED_D, PADDED_E>(p, ring, stages_smem, head, first_pair, workers, moments, lane);
-  } else {
-    registers_raise<160>();
-    if (group >= workers) return;
-    const Lane lane;
-    const uint32_t out = out_smem + group * T::OUT_TILES * TILE_BYTES;
-    int s_exponent, z_exponent;
-    state_exponents(p, head, s_exponent, z_exponent);
-    const int64_t state_rows = int64_t(p.z.pairs) * 64;
-    const int row = lane.warp * 16 + lane.group; /* and row + 8 */
-    uint32_t a[2][4][4];
-
-    if (moments) {
-      float acc[PADDED_D / 2];
-      /* Moments of features x (rows: 64·group + row) and y (columns), from and to the public z, which has I ≤ J only; of a diagonal block,
-       * whose (α, β) and (β, α) meet the same q_α q_β, the symmetric half, to which the other half is added when z leaves. A gradient of z is
-       * of one of its rows; moments off the diagonal count such a row twice. */
-      const float *z_in = p.z_in == nullptr ? nullptr : p.z_in + head * state_rows;
-      float *z_out = p.z_out == nullptr ? nullptr : p.z_out + head * state_rows;
-      const float in_factor = power_of_two(z_exponent), out_factor = power_of_two(-z_exponent), rows_of_off_diagonal = p.reverse ? 2.f : 1.f;
-      auto z_row = [&](int x, int y) { return public_pair(x / 8, y / 8, p.z.feature_tiles) * 64 + (x % 8) * 8 + y % 8; };
-      auto each = [&](auto visit) {
-#pragma unroll
-        for (int i = 0; i < PADDED_D / 2; i++) {
-          visit(acc[i], group * 64 + row + ((i & 2) ? 8 : 0), (i / 4) * 8 + lane.quad * 2 + (i & 1));
-          if (i % 4 == 3) asm volatile("" ::: "memory"); /* four loads at a time, or their addresses spill */
-        }
-      };
-      each([&](float &value, int x, int y) {
-        value = 0.f;
-        if (z_in == nullptr || x >= p.z.d || y >= p.z.d) return;
-        value = x / 8 == y / 8 ? 0.5f * (z_in[z_row(x, y)] + z_in[z_row(y, x)]) : z_in[x < y ? z_row(x, y) : z_row(y, x)] / rows_of_off_diagonal;
-        value *= in_factor;
-      });
-      const float first_bound = p.z_in == nullptr ? 0.f : __uint_as_float(p.maxima.z[head]) * in_factor * power_of_two(-p.moment_bits);
-      const float total_decay = scan_chunks(
-          p, ring, acc, head, first_bound, p.z_in != nullptr, lane.lane,
-          [&](int chunk, float bound) {
-            const int unit = state_unit(bound, p.moment_bits);
-            if (threadIdx.x == 0) p.moment_units[chunk * heads + head] = unit;
-            write_state<D_TILES>(acc, power_of_two(-unit), out, p.moments + (int64_t(chunk * heads + head) * D_TILES + group) * D_TILES * 4096,
-                                 lane, group);
-          },
-          [&](int slot, int half, int undrained) {
-            const uint32_t rows = stages_smem + slot * T::STAGE_BYTES, transposed = rows + D_TILES * TILE_BYTES;
-            wgmma_wait<0>();
-            if (undrained >= 0) ring.release(undrained);
-            load_fragments(a[half], transposed + group * TILE_BYTES, lane);
-            if (p.row_values != nullptr) {
-#pragma unroll
-              for (int step = 0; step < 4; step++) {
-                const uint32_t values = transposed + D_TILES * TILE_BYTES + step * 32 + lane.quad * 4;
-                const uint32_t low = load_shared_32(values), high = load_shared_32(values + 16);
-                a[half][step][0] = Pair<__half>::multiply(a[half][step][0], low), a[half][step][1] = Pair<__half>::multiply(a[half][step][1], low);
-                a[half][step][2] = Pair<__half>::multiply(a[half][step][2], high), a[half][step][3] = Pair<__half>::multiply(a[half][step][3], high);
-              }
-            }
-            pin(a[half]);
-            pin(acc);
-            wgmma_fence();
-            const uint64_t b = matrix_descriptor(rows, 1024, TILE_BYTES);
-#pragma unroll
-            for (int step = 0; step < 4; step++)
-              Wgmma<PADDED_D, __half>::template rs<MN_MAJOR>(acc, a[half][step], b + descriptor_offset(step * 2048), 1);
-            wgmma_commit();
-          });
-      if (z_out != nullptr)
-        each([&](float &value, int x, int y) {
-          if (x >= p.z.d || y >= p.z.d || x / 8 > y / 8) return;
-          const bool diagonal = x / 8 == y / 8;
-          const float other_half = diagonal && z_in != nullptr ? 0.5f * (z_in[z_row(x, y)] - z_in[z_row(y, x)]) * total_decay : 0.f;
-          z_out[z_row(x, y)] = value * out_factor * (diagonal ? 1.f : rows_of_off_diagonal) + other_half;
-        });
-    } else {
-      float acc[PADDED_E / 2];
-      int tile_i, tile_j;
-      pair_tiles(first_pair + group, tile_i, tile_j);
-      const float multiplicity = tile_i == tile_j ? 1.f : 2.f;
-      const int first_row = public_pair(tile_i, tile_j, p.z.feature_tiles) * 64 + row;
-      const float *s_in = p.s_in == nullptr ? nullptr : p.s_in + head * state_rows * p.z.e;
-      float *s_out = p.s_out == nullptr ? nullptr : p.s_out + head * state_rows * p.z.e;
-      auto each = [&](auto visit) {
-#pragma unroll
-        for (int i = 0; i < PADDED_E / 2; i++) {
-          visit(acc[i], first_row + ((i & 2) ? 8 : 0), (i / 4) * 8 + lane.quad * 2 + (i & 1));
-          if (i % 4 == 3) asm volatile("" ::: "memory");
-        }
-      };
-      /* A gradient that arrives is of the public rows; accumulators are without multiplicity, which the query puts on them. */
-      const float in_factor = power_of_two(s_exponent) / (p.reverse ? multiplicity : 1.f);
-      const float out_factor = power_of_two(-s_exponent) * (p.reverse ? multiplicity : 1.f);
-      each([&](float &value, int r, int column) {
-        value = s_in != nullptr && column < p.z.e ? s_in[r * p.z.e + column] * in_factor : 0.f;
-      });
-      const float first_bound =
-          p.s_in == nullptr ? 0.f : __uint_as_float(p.maxima.s[head]) * power_of_two(s_exponent) * power_of_two(-p.state_bits);
-      const int j_half = tile_j / 8, j_piece = tile_j % 8;
-      scan_chunks(
-          p, ring, acc, head, first_bound, p.s_in != nullptr, lane.lane,
-          [&](int chunk, float bound) {
-            const int unit = state_unit(bound, p.state_bits);
-            if (blockIdx.x == 0 && threadIdx.x == 0) p.state_units[chunk * heads + head] = unit;
-            write_state<E_TILES>(acc, multiplicity * power_of_two(-unit), out,
-                                 p.states + (int64_t(chunk * heads + head) * p.z.pairs + first_pair + group) * E_TILES * 4096, lane, group);
-          },
-          [&](int slot, int half, int undrained) {
-            const uint32_t rows = stages_smem + slot * T::STAGE_BYTES, values = rows + D_TILES * TILE_BYTES;
-            const uint32_t weighted = values + E_TILES * TILE_BYTES + group * 1024; /* features 8I … 8I + 7 of x, times w */
-            const int alpha = 2 * lane.warp;                                        /* fragment rows (2w, g) and (2w + 1, g) */
-            uint32_t beta[2][4], even[2][4], odd[2][4];
-#pragma unroll
-            for (int part = 0; part < 2; part++) { /* 32 tokens each */
-              load_matrices_transposed(beta[part], rows + j_half * TILE_BYTES + swizzled(part * 32 + lane.lane, j_piece));
-              load_matrices(even[part], weighted + swizzled(alpha, part * 4 + lane.lane / 8));
-              load_matrices(odd[part], weighted + swizzled(alpha + 1, part * 4 + lane.lane / 8));
-            }
-#pragma unroll
-            for (int step = 0; step < 4; step++) { /* overwrites fragments of two tiles ago, whose product has ended */
-              const int part = step / 2, low = 2 * (step % 2), high = low + 1;
-              a[half][step][0] = Pair<__half>::multiply(beta[part][low], even[part][low]);
-              a[half][step][1] = Pair<__half>::multiply(beta[part][low], odd[part][low]);
-              a[half][step][2] = Pair<__half>::multiply(beta[part][high], even[part][high]);
-              a[half][step][3] = Pair<__half>::multiply(beta[part][high], odd[part][high]);
-            }
-            pin(a[half]);
-            pin(acc);
-            wgmma_fence();
-            const uint64_t b = matrix_descriptor(values, 1024, TILE_BYTES);
-#pragma unroll
-            for (int step = 0; step < 4; step++)
-              Wgmma<PADDED_E, __half>::template rs<MN_MAJOR>(acc, a[half][step], b + descriptor_offset(step * 2048), 1);
-            wgmma_commit();
-            wgmma_wait<1>();
-            if (undrained >= 0) ring.release(undrained);
-          });
-      if (s_out != nullptr)
-        each([&](float &value, int r, int column) {
-          if (column < p.z.e) s_out[r * p.z.e + column] = value * out_factor;
-        });
+  if (group == 2) {
+    registers_lower<40>();
+    if (threadIdx.x < 2 * 128 + 32) {
+      TileCopy copy;
+      int head = blockIdx.x / T::BLOCKS_A_HEAD;
+      if (moment_block < 0) {
+        const uint32_t half = cluster_rank();
+        const auto feature_rows = [&](int j) { return p.transposed + (8 * j + first_beta) * TILE; };
+        if (lane == 0) copy = {p.rows + half * (D_BYTES / 4), D_BYTES, half * (D_BYTES / 2), D_BYTES / 2, true};
+        if (lane == 1) copy = {p.values + half * (E_BYTES / 4), E_BYTES, D_BYTES + half * (E_BYTES / 2), E_BYTES / 2, true};
+        if (lane == 2) copy = {feature_rows(j_high), D_BYTES, D_BYTES + E_BYTES, T::WEIGHTED_BYTES, false};
+        if (lane == 3) copy = {feature_rows(j_low), D_BYTES, D_BYTES + E_BYTES + T::WEIGHTED_BYTES, T::WEIGHTED_BYTES, false};
+        load_tiles<T::STAGES, T::STAGE_BYTES>(p, pair_ring, stages_smem, head, copy);
+      } else {
+        const uint32_t member = lane / 2;
+        head = min(moment_block * T::MOMENT_HEADS + int(member), heads - 1);
+        if (member < T::MOMENT_HEADS && lane % 2 == 0) copy = {p.rows, D_BYTES, member * D_BYTES, D_BYTES, false};
+        if (member < T::MOMENT_HEADS && lane % 2 == 1)
+          copy = {p.moment_weights, WEIGHTS_BYTES, T::MOMENT_HEADS * D_BYTES + member * WEIGHTS_BYTES, WEIGHTS_BYTES, false};
+        load_tiles<T::STAGES, T::STAGE_BYTES>(p, ring, stages_smem, head, copy);
+      }
     }
-    if ((threadIdx.x & 127) == 0) bulk_wait<0>();
+  } else {
+    registers_raise<232>();
+    if (moment_block < 0) {
+      const int beta = T::E_TILES == 1 ? first_beta + group : first_beta, y_tile = T::E_TILES == 1 ? 0 : group;
+      dispatch_slices<PADDED_D, PADDED_E>(p, j_high, pair_ring, stages_smem, blockIdx.x / T::BLOCKS_A_HEAD, j_high, j_low, beta, first_beta, y_tile,
+                                          set == 0 && group == 0);
+    } else {
+      const int member = T::MOMENT_HEADS == 1 ? 0 : group, head = moment_block * T::MOMENT_HEADS + member;
+      update_moments<PADDED_D, PADDED_E>(p, ring, stages_smem, min(head, heads - 1), T::MOMENT_HEADS == 1 ? group : 0, member * D_BYTES,
+                                         T::MOMENT_HEADS * D_BYTES + member * WEIGHTS_BYTES, head < heads);
+    }
   }
+  cluster_sync();
 }
 
 }  // namespace power
