@@ -110,7 +110,8 @@ def saved_bytes(operation: str, call: spec.PowerCall) -> int:
     """What power_<operation>_saved_sm90 says: bytes that the forward pass can hand to the backward pass."""
     function = getattr(load(), f"power_{operation}_saved_sm90")
     function.restype, function.argtypes = ctypes.c_int64, (ctypes.c_void_p, ctypes.c_void_p)
-    size = function(ctypes.addressof(shape_of(call)), None)
+    shape = shape_of(call)  # kept: its address alone does not keep it alive
+    size = function(ctypes.addressof(shape), None)
     _check(1 if size < 0 else 0)
     return size
 
