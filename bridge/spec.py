@@ -363,6 +363,7 @@ class Implementation(NamedTuple):
       supports: `supports(call, device)` returns None, or the reason why it cannot serve the call.
       plan: replaces a choice that was left open (`auto_form`, `auto_chunk_size`) by what suits this implementation.
       wide_output: forward returns y in the compute dtype, not yet rounded to the dtype of v.
+      residual: forward takes `residual=True`, returns as a third array what rounding y left over, and backward takes that.
     """
 
     forward: Callable[..., Any]
@@ -370,6 +371,7 @@ class Implementation(NamedTuple):
     supports: Callable[[Any, str], str | None]
     plan: Callable[[Any], Any] = lambda call: call
     wide_output: bool = True
+    residual: bool = False
 
 
 class Choice:

@@ -100,7 +100,7 @@ def test_log_sum_exp(name, implementation):
     arrays = case.make("float64")
     q, k, v = (to_torch(arrays[name]).transpose(1, 2) for name in "qkv")
     mask = to_torch(arrays["mask"]) if "mask" in arrays else None
-    _, lse = ops_sdpa.sdpa_forward(q, k, v, None, mask, None, False, case.d**-0.5, 0.0, implementation)
+    _, lse, _ = ops_sdpa.sdpa_forward(q, k, v, None, mask, None, False, case.d**-0.5, 0.0, implementation)
     np.testing.assert_allclose(lse.transpose(1, 2), case.exact(arrays, "zero")["lse"], rtol=1e-12)
 
 
@@ -480,8 +480,8 @@ def test_opcheck(implementation, mask, dropout_p):
     operands, numbers = (q, k, v, bias, keep, seed), (False, 0.3, dropout_p)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(ops_sdpa.sdpa_forward, (*operands, *numbers, implementation), test_utils=tests)
-    out, lse = ops_sdpa.sdpa_forward(*operands, *numbers, implementation)
-    backward = (*operands, out, lse, torch.randn_like(out), *numbers, bias is not None, implementation)
+    out, lse, residual = ops_sdpa.sdpa_forward(*operands, *numbers, implementation)
+    backward = (*operands, out, lse, residual, torch.randn_like(out), *numbers, bias is not None, implementation)
     torch.library.opcheck(ops_sdpa.sdpa_backward, backward, test_utils=tests)
 
 

@@ -77,7 +77,8 @@ def scaled_dot_product_attention(
     name = CHOICE.choose("scaled_dot_product_attention", call, implementation, query.device.type)
 
     seed = torch.randint(2**63 - 1, (q.shape[0],), device=q.device) if dropout_p > 0 else None
-    out, _ = ops_sdpa.Sdpa.apply(q, k, v, bias, mask, seed, is_causal, scale, dropout_p, name)
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
+    out, *_ = ops_sdpa.Sdpa.apply(q, k, v, bias, mask, seed, is_causal, scale, dropout_p, name, training)
     out = out.to(value.dtype).reshape(*leading, *out.shape[2:])
     # As PyTorch's function does, keep queries stored [b, t, h, d] in that order: heads then merge without a copy.
     heads_last = query.ndim == 4 and query.stride(1) < query.stride(2)
