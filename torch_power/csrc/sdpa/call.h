@@ -17,12 +17,15 @@ struct Call {
 };
 
 /* Scratch of one call, carved from the caller's workspace: byte offsets, each a multiple of 256. */
-constexpr int kCounters = 3;  // of items dealt, one a kernel
-constexpr int64_t kRecordBytes = 64 * 8;  // lse and delta of 64 queries
 struct Workspace {
-  int64_t counters = 0, records = 256, bytes;
-  Workspace(const PowerSdpaShape &s, bool backward)
-      : bytes(records + (backward ? s.b * s.h_q * ((s.t_q + 63) / 64) * kRecordBytes : 0)) {}
+  int64_t added = 256, records, sums, bytes;  // before `added`: counters of items dealt, one a kernel
+  Workspace(const PowerSdpaShape &s, bool backward) {
+    const int64_t tiles = backward ? s.b * s.h_q * ((s.t_q + 63) / 64) : 0, size = s.d > s.e ? s.d : s.e;
+    records = added + (tiles * 2 * int64_t(sizeof(int32_t)) + 255) / 256 * 256;
+    sums = records + tiles * 64 * 8 /* lse and delta */;
+    bytes = (sums + 255) / 256 * 256 + (size > 128 ? 0 : tiles * 64 * (size > 64 ? 128 : 64) * int64_t(sizeof(float)));
+    sums = (sums + 255) / 256 * 256;
+  }
 };
 inline int64_t workspace_bytes(const PowerSdpaShape &shape, bool backward) { return Workspace(shape, backward).bytes; }
 

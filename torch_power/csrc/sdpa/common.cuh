@@ -60,6 +60,17 @@ struct QueryRecord {
 };
 static_assert(sizeof(QueryRecord) == 8 * kRows, "the workspace has room for this");
 
+struct BackwardProblem : Problem {
+  float scale;
+  QueryRecord *records;  // [b, h_q, tiles of 64 queries]
+  float *sums;           // [b, h_q, tiles of 64 queries, 2 pieces]: dq before scaling, of the one-pass kernel
+  int *added;            // [b, h_q, tiles of 64 queries, 2]: tiles of keys that are in the sums
+};
+
+/* float16: P is at most 1 and 1/t on average, which its small numbers have few digits for. What Pᵀ is multiplied by as an operand. */
+template <typename T>
+constexpr float kWeightScale = is_half<T> ? 4096.f : 1.f;
+
 /* What `residual` is multiplied by: float16's small numbers have few digits. */
 template <typename T>
 constexpr float kResidualScale = is_half<T> ? 2048.f : 1.f;
@@ -108,6 +119,40 @@ __device__ __forceinline__ void multiply_by_warp(float (&c)[4], const uint32_t (
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* Adds floats in shared memory to device memory; joins the thread's open bulk group. */
+__device__ __forceinline__ void bulk_add(float *gmem, uint32_t smem, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(gmem), "r"(smem), "r"(bytes)
+               : "memory");
+}
+/* What was done before a release is seen by whoever acquires the value, on any multiprocessor. */
+__device__ __forceinline__ int load_acquire(const int *address) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(address) : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_release(int *address, int x) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
+}
+
+/* Whether the phase of the given parity has ended. */
+__device__ __forceinline__ bool has_ended(const Barrier &barrier, uint32_t parity) {
+  uint32_t ended;
+  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(ended)
+               : "r"(barrier.address()), "r"(parity)
+               : "memory");
+  return ended;
+}
+
+/* Item number `index` of a deck; tile < 0 past the end. */
+__device__ __forceinline__ Item item_of(const Deck &deck, int index) {
+  const int group = deck.by_group.divide(index), rest = index - group * int(deck.by_group.divisor);
+  const attention::Divisor &by_size = group == deck.last_group ? deck.by_rest : deck.by_together;
+  const int row = by_size.divide(rest), flat = group * deck.together + rest - row * int(by_size.divisor);
+  const int batch = deck.by_heads.divide(flat), tile = deck.longest_last ? deck.tiles - 1 - row : row;
+  return {flat - batch * int(deck.by_heads.divisor), batch, index >= deck.items ? -1 : tile};
 }
 
 /* Flips the sign of a warpgroup's 64-row tile. */

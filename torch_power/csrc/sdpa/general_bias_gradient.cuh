@@ -6,7 +6,7 @@
  */
 #pragma once
 
-#include "backward_q.cuh"
+#include "general.cuh"
 
 namespace power::sdpa {
 

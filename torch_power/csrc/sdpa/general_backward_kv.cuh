@@ -1,6 +1,6 @@
-/* Backward of scaled dot-product attention, second kernel: dk and dv.
+/* Backward of scaled dot-product attention with masks, dropout, any band or heads of up to 256, second kernel: dk and dv.
  *
- *     dv_j = Σ_i P_ij dy_i,    dk_j = scale · Σ_i dS_ij q_i,    with lse and δ of every query from the first kernel
+ *     dv_j = Σ_i P_ij dy_i,    dk_j = scale · Σ_i dS_ij q_i
  *
  * (with dropout P times its gains in dv). A persistent block of 64·kGroups keys of one key-value head, one warpgroup for every 64;
  * tiles of 64 queries of all the query heads that read it stream past: Sᵀ = K Qᵀ and dPᵀ = V dYᵀ, then Pᵀ and dSᵀ in registers,
@@ -12,26 +12,25 @@
  */
 #pragma once
 
-#include "backward_q.cuh"
+#include "general_backward_q.cuh"
 
 namespace power::sdpa {
 
 /* d: groups stages  why
- *  64: 2     6       K and V stay in registers as A operands (kFragments), which halves what S and dP read from shared memory
- * 128: 2     3       dK and dV are 128 registers, so K and V cannot; 3 stages beside the two slots are all of shared memory
+ *  64: 2     6
+ * 128: 2     3       3 stages beside the two slots are all of shared memory
  * 256: 1     1       dK and dV would be 256 registers: a launch for each of them */
-template <int kD, bool kGeneral>
+template <int kD>
 struct BackwardKvTiles {
   static constexpr int kGroups = kD == 256 ? 1 : 2, kStages = kD == 64 ? 6 : kD == 128 ? 3 : 1;
-  static constexpr bool kFragments = kD == 64 && !kGeneral;
 };
 
 /* Which gradients a launch computes. */
 enum Part : int { BOTH = 0, ONLY_DV = 1, ONLY_DK = 2 };
 
-template <typename T, int kD, bool kGeneral>
+template <typename T, int kD>
 struct BackwardKvSmem {
-  using Tiles = BackwardKvTiles<kD, kGeneral>;
+  using Tiles = BackwardKvTiles<kD>;
   static constexpr int kGroups = Tiles::kGroups, kStages = Tiles::kStages;
   T k[2][kGroups][kRows * kD];
   T v[2][kGroups][kRows * kD];
@@ -43,11 +42,11 @@ struct BackwardKvSmem {
   Barrier q_full[kStages], q_empty[kStages];
 };
 
-template <typename T, int kD, bool kGeneral>
-__device__ __forceinline__ void backward_kv_produce(BackwardKvSmem<T, kD, kGeneral> &smem, const CUtensorMap *q_map,
+template <typename T, int kD>
+__device__ __forceinline__ void backward_kv_produce(BackwardKvSmem<T, kD> &smem, const CUtensorMap *q_map,
                                                     const CUtensorMap *k_map, const CUtensorMap *v_map, const CUtensorMap *dy_map,
                                                     const BackwardProblem &p) {
-  using Tiles = BackwardKvTiles<kD, kGeneral>;
+  using Tiles = BackwardKvTiles<kD>;
   constexpr int kGroups = Tiles::kGroups, kBlockRows = kGroups * kRows;
   const int row_tiles = (p.t_q + kRows - 1) / kRows, heads = p.h_q / p.h_kv;
   RingPosition<2> seat;
@@ -83,10 +82,10 @@ __device__ __forceinline__ void backward_kv_produce(BackwardKvSmem<T, kD, kGener
 }
 
 /* The storing thread: results leave through the slots of the tiles they replace, which are free again once they have been read. */
-template <typename T, int kD, bool kGeneral, Part kPart>
-__device__ __forceinline__ void backward_kv_store(BackwardKvSmem<T, kD, kGeneral> &smem, const CUtensorMap *dk_map,
+template <typename T, int kD, Part kPart>
+__device__ __forceinline__ void backward_kv_store(BackwardKvSmem<T, kD> &smem, const CUtensorMap *dk_map,
                                                   const CUtensorMap *dv_map, const Problem &p) {
-  constexpr int kGroups = BackwardKvTiles<kD, kGeneral>::kGroups;
+  constexpr int kGroups = BackwardKvTiles<kD>::kGroups;
   RingPosition<2> seat;
   for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance())
 #pragma unroll 1
@@ -104,17 +103,11 @@ __device__ __forceinline__ void backward_kv_store(BackwardKvSmem<T, kD, kGeneral
   bulk_wait<0>();
 }
 
-/* float16: P is at most 1 and 1/t on average, which its small numbers have few digits for. */
-template <typename T>
-constexpr float kWeightScale = is_half<T> ? 4096.f : 1.f;
-
-/* Pᵀ and dSᵀ of one tile of 64 queries as A operands. kEdge: queries before a key, columns < first_column + 8r, do not see it.
- * gains: `ColumnGains` with dropout, or `NoGains`. */
-template <typename T, bool kEdge, typename Gains>
+/* Pᵀ and dSᵀ of one tile of 64 queries as A operands. gains: `ColumnGains` with dropout, or `NoGains`. */
+template <typename T, typename Gains>
 __device__ __forceinline__ void differentiate_columns(const float (&score)[kRows / 2], const float (&dweight)[kRows / 2],
                                                       uint32_t (&weight)[kRows / 16][4], uint32_t (&dscore)[kRows / 16][4],
-                                                      const QueryRecord &record, float scale, const Fragment &at, int first_column,
-                                                      const Gains &gains) {
+                                                      const QueryRecord &record, const Fragment &at, const Gains &gains) {
   constexpr bool kDropout = !std::is_same_v<Gains, NoGains>;
 #pragma unroll
   for (int n = 0; n < kRows / 8; ++n) {
@@ -128,8 +121,7 @@ __device__ __forceinline__ void differentiate_columns(const float (&score)[kRows
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int i = 4 * n + 2 * r + c;
-        w[c] = exp2_fast(fmaf(score[i], scale, -lse[c]));
-        if (kEdge && 8 * n + 2 * at.quad + c < first_column + 8 * r) w[c] = 0.f;
+        w[c] = exp2_fast(score[i] - lse[c]);
         if constexpr (kDropout) ds[c] = w[c] * fmaf(dweight[i], gain[2 * r + c], -delta[c]), w[c] *= gain[2 * r + c];
         else ds[c] = w[c] * (dweight[i] - delta[c]);
         if constexpr (is_half<T>) w[c] *= kWeightScale<T>;
@@ -140,10 +132,10 @@ __device__ __forceinline__ void differentiate_columns(const float (&score)[kRows
   }
 }
 
-template <typename T, int kD, bool kGeneral, Part kPart>
-__device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGeneral> &smem, const BackwardProblem &p, const General &general,
+template <typename T, int kD, Part kPart>
+__device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD> &smem, const BackwardProblem &p, const General &general,
                                                     int group) {
-  using Tiles = BackwardKvTiles<kD, kGeneral>;
+  using Tiles = BackwardKvTiles<kD>;
   constexpr int kBlockRows = Tiles::kGroups * kRows;
   const Fragment at(threadIdx.x % kWarpgroup);
   const int heads = p.h_q / p.h_kv;
@@ -158,15 +150,13 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGener
       smem.kv_full[seat.slot][group].wait(seat.parity);
       if (p.negative) negate_rows<kD>(k_smem, at.thread, group);
     }
-    uint32_t k_fragments[kD / 16][4], v_fragments[kD / 16][4];
-    if constexpr (Tiles::kFragments) load_fragments<kD>(k_fragments, k_smem, at), load_fragments<kD>(v_fragments, v_smem, at);
     float dk[kD / 2], dv[kD / 2];
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) dk[i] = dv[i] = 0.f;
     int previous = -1;
 #pragma unroll 1
     for (int head = item.head * heads; head < (item.head + 1) * heads; ++head) {
-      const HeadMasks masks(general, item.batch, head);  // without kGeneral, never looked at
+      const HeadMasks masks(general, item.batch, head);
 #pragma unroll 1
       for (int m = seen.begin; m < seen.end; ++m, ring.advance()) {
         smem.q_full[ring.slot].wait(ring.parity);
@@ -179,8 +169,7 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGener
         const uint32_t q_smem = smem_address(smem.q[ring.slot]), dy_smem = smem_address(smem.dy[ring.slot]);
         pin(score);
         wgmma_fence();
-        if constexpr (Tiles::kFragments) multiply_fragments<T, kD, kRows>(score, k_fragments, q_smem);
-        else multiply_rows<T, kD, kRows>(score, k_smem, q_smem);
+        multiply_rows<T, kD, kRows>(score, k_smem, q_smem);
         wgmma_commit();
         wgmma_wait<1>();  // ends the sums of the tile before, whose operands' registers dPᵀ needs
         if constexpr (kPart != ONLY_DV) pin(dk);
@@ -189,8 +178,7 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGener
         if constexpr (kPart != ONLY_DV) {
           pin(dweight);
           wgmma_fence();
-          if constexpr (Tiles::kFragments) multiply_fragments<T, kD, kRows>(dweight, v_fragments, dy_smem);
-          else multiply_rows<T, kD, kRows>(dweight, v_smem, dy_smem);
+          multiply_rows<T, kD, kRows>(dweight, v_smem, dy_smem);
           wgmma_commit();
         } else {
 #pragma unroll
@@ -200,19 +188,9 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGener
         pin(score);
         if constexpr (kPart != ONLY_DV) pin(dweight);
         const QueryRecord &record = smem.records[ring.slot];
-        if constexpr (kGeneral) {
-          mask_columns(score, p, masks, at, first, m * kRows);
-          if (general.seed)
-            differentiate_columns<T, false>(score, dweight, weight, dscore, record, 1.f, at, 0, ColumnGains(masks, at, first, m * kRows));
-          else
-            differentiate_columns<T, false>(score, dweight, weight, dscore, record, 1.f, at, 0, NoGains());
-        } else {
-          const int first_column = first + at.row - p.right - m * kRows;
-          if (m * kRows < first - p.right + kRows)
-            differentiate_columns<T, true>(score, dweight, weight, dscore, record, p.scale_log2, at, first_column, NoGains());
-          else
-            differentiate_columns<T, false>(score, dweight, weight, dscore, record, p.scale_log2, at, 0, NoGains());
-        }
+        mask_columns(score, p, masks, at, first, m * kRows);
+        if (general.seed) differentiate_columns<T>(score, dweight, weight, dscore, record, at, ColumnGains(masks, at, first, m * kRows));
+        else differentiate_columns<T>(score, dweight, weight, dscore, record, at, NoGains());
         if constexpr (kPart != ONLY_DK) pin(weight), pin(dv);
         if constexpr (kPart != ONLY_DV) pin(dscore), pin(dk);
         wgmma_fence();
@@ -243,16 +221,16 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGener
   }
 }
 
-template <typename T, int kD, bool kGeneral, Part kPart>
-__global__ void __launch_bounds__((BackwardKvTiles<kD, kGeneral>::kGroups + 1) * kWarpgroup, 1)
+template <typename T, int kD, Part kPart>
+__global__ void __launch_bounds__((BackwardKvTiles<kD>::kGroups + 1) * kWarpgroup, 1)
     backward_kv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                        const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap dy_map,
                        const __grid_constant__ CUtensorMap dk_map, const __grid_constant__ CUtensorMap dv_map,
                        const __grid_constant__ BackwardProblem p, const __grid_constant__ General general) {
-  using Tiles = BackwardKvTiles<kD, kGeneral>;
+  using Tiles = BackwardKvTiles<kD>;
   constexpr int kGroups = Tiles::kGroups;
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
-  auto &smem = *reinterpret_cast<BackwardKvSmem<T, kD, kGeneral> *>(smem_bytes);
+  auto &smem = *reinterpret_cast<BackwardKvSmem<T, kD> *>(smem_bytes);
   if (threadIdx.x == 0) {
     for (int s = 0; s < 2 * kGroups; ++s)
       (&smem.kv_full[0][0])[s].init(1), (&smem.kv_empty[0][0])[s].init(1), (&smem.gradient_full[0][0])[s].init(kArrivals);
@@ -263,13 +241,13 @@ __global__ void __launch_bounds__((BackwardKvTiles<kD, kGeneral>::kGroups + 1) *
   __syncthreads();
   const int group = threadIdx.x / kWarpgroup;
   if (group == kGroups) {
-    registers_lower<kBackwardProducerRegisters>();
-    if (threadIdx.x % kWarpgroup == 0) backward_kv_produce<T, kD, kGeneral>(smem, &q_map, &k_map, &v_map, &dy_map, p);
-    else if (threadIdx.x % kWarpgroup == 32) backward_kv_store<T, kD, kGeneral, kPart>(smem, &dk_map, &dv_map, p);
+    registers_lower<kGeneralProducerRegisters>();
+    if (threadIdx.x % kWarpgroup == 0) backward_kv_produce<T, kD>(smem, &q_map, &k_map, &v_map, &dy_map, p);
+    else if (threadIdx.x % kWarpgroup == 32) backward_kv_store<T, kD, kPart>(smem, &dk_map, &dv_map, p);
     else if (threadIdx.x % kWarpgroup == 64) smem.dealer.deal(smem.kv_empty, p.deck);
   } else {
-    registers_raise<kBackwardConsumerRegisters>();
-    backward_kv_consume<T, kD, kGeneral, kPart>(smem, p, general, group);
+    registers_raise<kGeneralConsumerRegisters>();
+    backward_kv_consume<T, kD, kPart>(smem, p, general, group);
   }
 }
 
