@@ -22,9 +22,7 @@ from torch_power.eager import sdpa, sdpa_reference
 
 # Best first: the first that supports a call serves it unless one is named.
 SDPA: dict[str, spec.Implementation] = {
-    "cuda": spec.Implementation(
-        cuda.sdpa.forward, cuda.sdpa.backward, cuda.sdpa.supports, wide_output=False, residual=True
-    ),
+    "cuda": spec.Implementation(cuda.sdpa.forward, cuda.sdpa.backward, cuda.sdpa.supports, wide_output=False, residual=True),
     "cpp": spec.Implementation(cpp.sdpa.forward, cpp.sdpa.backward, cpp.sdpa.supports),
     "eager": spec.Implementation(sdpa.forward, sdpa.backward, sdpa.supports),
     "reference": spec.Implementation(sdpa_reference.forward, sdpa_reference.backward, sdpa_reference.supports),
@@ -154,9 +152,7 @@ def _(info, in_dims, *args):
 @sdpa_backward.register_vmap
 def _(info, in_dims, *args):
     bias, bias_grad = args[3], args[13]
-    dq, dk, dv, dbias = sdpa_backward(
-        *_fold(info.batch_size, args, in_dims, whole_batch=frozenset({3} if bias_grad else {}))
-    )
+    dq, dk, dv, dbias = sdpa_backward(*_fold(info.batch_size, args, in_dims, whole_batch=frozenset({3} if bias_grad else {})))
     dq, dk, dv = (x.unflatten(0, (info.batch_size, -1)) for x in (dq, dk, dv))
     if not bias_grad:
         return (dq, dk, dv, dbias), (0, 0, 0, None)

@@ -71,9 +71,7 @@ def scaled_dot_product_attention(
         bias, mask = (None, operand) if attn_mask.dtype == torch.bool else (operand, None)
     scale = spec_sdpa.default_scale(q.shape[-1]) if scale is None else scale
     bias_grad = bias is not None and bias.requires_grad
-    call = ops_sdpa.make_call(
-        q, k, v, bias, mask, causal=is_causal, scale=scale, dropout_p=dropout_p, bias_grad=bias_grad
-    )
+    call = ops_sdpa.make_call(q, k, v, bias, mask, causal=is_causal, scale=scale, dropout_p=dropout_p, bias_grad=bias_grad)
     name = CHOICE.choose("scaled_dot_product_attention", call, implementation, query.device.type)
 
     seed = torch.randint(2**63 - 1, (q.shape[0],), device=q.device) if dropout_p > 0 else None
@@ -99,9 +97,7 @@ def _autocast(*arrays: Any) -> list[Any]:
     return [x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype) for x in arrays]
 
 
-def _four_axes(
-    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
-) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+def _four_axes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
     """q, k, v as `[b, heads, length, size]`, k and v with as many heads as each other, and the result's leading axes.
 
     Axes before the heads are made equal and merged into one; heads are left as few as the broadcast allows, since every
@@ -120,8 +116,7 @@ def _four_axes(
     wanted = (h_q, h_kv, h_kv)
     # Only grouped-query calls whose keys and values differ in heads, both more than one, have anything to repeat.
     operands = [
-        x if x.shape[-3] in (1, h) else x.repeat_interleave(h // x.shape[-3], -3)
-        for x, h in zip(operands, wanted, strict=True)
+        x if x.shape[-3] in (1, h) else x.repeat_interleave(h // x.shape[-3], -3) for x, h in zip(operands, wanted, strict=True)
     ]
     q, k, v = (
         x.expand(*batch, h, *x.shape[-2:]).reshape(math.prod(batch), h, *x.shape[-2:])

@@ -17,7 +17,8 @@ from torch import Tensor
 from bridge import spec
 from torch_power import _library
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4, torch.int64: 0}  # int64: seeds, whose dtype is not read
+# int64: seeds, whose dtype is not read.
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4, torch.int64: 0}
 _FORMS = {"attention": 0, "chunked": 1, "recurrent": 2}
 _ERRORS = {1: NotImplementedError, 2: ValueError}
 
