@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
@@ -483,6 +484,28 @@ def test_opcheck(implementation, mask, dropout_p):
     out, lse, residual = ops_sdpa.sdpa_forward(*operands, *numbers, implementation)
     backward = (*operands, out, lse, residual, torch.randn_like(out), *numbers, bias is not None, implementation)
     torch.library.opcheck(ops_sdpa.sdpa_backward, backward, test_utils=tests)
+
+
+def test_a_list_of_which_none_serves_names_every_reason():
+    q = normal(1, 2, 5, 8)
+    with pytest.raises(NotImplementedError, match="'cuda' cannot serve this call: device cpu: .*; implementation='.*' would"):
+        attention(q, q, q, implementation="cuda")
+    assert attention(q, q, q, implementation=["cuda", "eager"]).shape == q.shape
+    with torch_power.implementation(["cuda", "eager"]):
+        assert attention(q, q, q).shape == q.shape
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "dtype float32"), ({"d": 12}, "head size d=12"), ({"e": 264}, "head size e=264"), ({"h_q": 0}, "h_q=0"),
+        ({"key_lengths": True}, "a mask says the same"), ({"b": 70_000, "bias_grad": True}, "65535 heads"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_cuda_says_what_it_lacks(changes, reason):
+    call = dataclasses.replace(PLAIN_CALL, dtype="bfloat16" if changes else "float32", **changes)
+    assert reason in ops_sdpa.SDPA["cuda"].supports(call, "cuda:0")
 
 
 def test_autocast():
