@@ -10,7 +10,6 @@ rows of one head, bound 3e-3), or whose dq is (the same rows, 4e-3), has no time
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import pathlib
@@ -121,45 +120,57 @@ def say(where: str, name: str, row: dict[str, Any], flops: float) -> None:
     )  # fmt: skip
 
 
-def table(quick: bool) -> list[dict[str, Any]]:
-    rows = []
+def save(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """Writes what has been measured so far: a run that is cut short leaves that."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit}
+    path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+def table(path: pathlib.Path, quick: bool) -> None:
+    rows: list[dict[str, Any]] = []
     for d in (64, 128):
-        for t in (2048, 16384) if quick else (512, 1024, 2048, 4096, 8192, 16384):
+        for t in (2048, 16384) if quick else (512, 1024, 2048, 4096, 16384):
             for causal in (True, False):
                 torch.manual_seed(0)
                 b, h = TOKENS // t, WIDTH // d
                 arrays = [torch.randn(b, h, t, d, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
                 for name, attention in list(CONTESTANTS.items())[: 2 if quick else None]:
-                    row = measure(attention, arrays, causal, 5 if quick else 9)
+                    row = measure(attention, arrays, causal, 5 if quick or t > 4096 else 9)
                     where = f"d{d} t{t:6d} {'causal' if causal else 'full  '}"
                     say(where, name, row, 4.0 * b * h * t * t * d / (2 if causal else 1))
                     rows.append({"contestant": name, "b": b, "t": t, "h": h, "d": d, "causal": causal, **row})
-    return rows
+                save(path, rows)
 
 
-def diffusion() -> list[dict[str, Any]]:
+def diffusion(path: pathlib.Path) -> None:
     """A U-Net's attention at 64 × 64 latents: on the 77 tokens of a prompt, and on itself; as is and through torch.compile."""
-    rows = []
-    for name, s in (("cross", 77), ("self", 4096)):
-        torch.manual_seed(0)
-        b, h, t, d = 2, 8, 4096, 64
-        arrays = [torch.randn(b, h, n, d, device="cuda", dtype=torch.bfloat16) for n in (t, s, s, t)]
-        for contestant, attention in {"naive": naive, **CONTESTANTS}.items():
-            for compiled in (False, True):
+    rows: list[dict[str, Any]] = []
+    b, h, t, d = 2, 8, 4096, 64
+    for compiled in (False, True):
+        for name, s in (("cross", 77), ("self", 4096)):
+            torch.manual_seed(0)
+            arrays = [torch.randn(b, h, n, d, device="cuda", dtype=torch.bfloat16) for n in (t, s, s, t)]
+            for contestant, attention in {"naive": naive, **CONTESTANTS}.items():
                 function = torch.compile(attention) if compiled else attention
-                with contextlib.suppress(RuntimeError):
+                call = {"contestant": contestant, "compiled": compiled, "b": b, "t": t, "s": s, "h": h, "d": d}
+                try:
                     row = measure(function, arrays, False, 20)
-                    say(f"{name:5s}", contestant + (" compiled" if compiled else ""), row, 4.0 * b * h * t * s * d)
-                    rows.append({"contestant": contestant, "compiled": compiled, "b": b, "t": t, "s": s, "h": h, "d": d, **row})
-    return rows
+                except RuntimeError as reason:  # a backend that refuses the call is a result, too
+                    print(f"{name:5s} {contestant}: {reason}", flush=True)
+                    rows.append(call | {"refused": str(reason)})
+                    continue
+                say(f"{name:5s}", contestant + (" compiled" if compiled else ""), row, 4.0 * b * h * t * s * d)
+                rows.append(call | row)
+                save(path, rows)
 
 
 def main() -> None:
-    path = next(x for x in sys.argv[1:] if not x.startswith("--"))
-    rows = diffusion() if "--diffusion" in sys.argv else table("--quick" in sys.argv)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit}
-    pathlib.Path(path).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    path = pathlib.Path(next(x for x in sys.argv[1:] if not x.startswith("--")))
+    if "--diffusion" in sys.argv:
+        diffusion(path)
+    else:
+        table(path, "--quick" in sys.argv)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 PyTorch's function chooses a backend and calls an operator of its own; on CPUs, wherever its flash attention applies, that is
 `aten::_scaled_dot_product_flash_attention_for_cpu`. Installing puts our kernel behind that operator, at PyTorch's own
 registration point. So `torch.nn.attention.sdpa_kernel` is obeyed, and autograd and `torch.compile` see what they saw before.
-A call that our kernel cannot serve goes to the kernel that was there. On GPUs nothing is replaced: this package has no fused
-softmax attention for them yet.
+A call that our kernel cannot serve goes to the kernel that was there. On GPUs nothing is replaced:
+`torch_power.scaled_dot_product_attention` is how to call the kernels there.
 """
 
 from __future__ import annotations
