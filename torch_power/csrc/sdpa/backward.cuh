@@ -4,15 +4,11 @@
  *
  * A persistent block of 128 keys of one key-value head, two consumer warpgroups of 64 keys; tiles of 64 queries of all the query heads
  * that read it stream past. Sᵀ and dPᵀ, then Pᵀ and dSᵀ in registers feed dV and dK, which stay in registers. dSᵀ also goes to shared
- * memory, where both warpgroups' 128 keys of it make dQ, half of the columns each; that of a tile is started with the next tile's other
- * sums, so that neither warpgroup waits for the other's dS and one's products run under the other's exponentials. Five products a tile,
- * the least there can be.
+ * memory, where both warpgroups' 128 keys of it make dQ, half of the columns each. Five products a tile, the least there can be.
  *
- * dQ is summed in device memory in float32, every element in the order of key tiles, the last first, so that two runs give equal bits:
- * a warpgroup's piece is added (by the copy engine) once the block of the key tile behind says that it has added its own. That block
- * took its item earlier, so the chain of waiting ends at a block that waits for nobody; and where the mask is causal, it began two
- * tiles of queries later, so that it is two tiles ahead. (From the first key tile on, every block waits for the one before to get to
- * where it begins: t = 16384, d = 64 causal 13.0 ms, twice what half of the full one takes.) Pieces lie in the order of the threads' registers; `finish_kernel`
+ * dQ is summed in device memory in float32, every element in the order of key tiles, so that two runs give equal bits: a warpgroup's
+ * piece is added (by the copy engine) once the block of the key tile before says that it has added its own. That block took its item earlier,
+ * so the chain of waiting ends at a block that waits for nobody. Pieces lie in the order of the threads' registers; `finish_kernel`
  * scales and rounds them into dq.
  *
  * Shared memory: k_smem and v_smem (dk and dv leave through them), q_smem, dy_smem and the queries' records in a ring of stages,
@@ -50,7 +46,6 @@ struct BackwardSmem {
   Dealer dealer;
   Barrier kv_full[2][kBackwardGroups], gradient_full[2][kBackwardGroups], kv_empty[2][kBackwardGroups];
   Barrier q_full[Tiles::kStages], q_empty[Tiles::kStages];
-  Barrier dscore_full[2], dscore_empty[2];
   Barrier piece_full[2][kBackwardGroups], piece_empty[2][kBackwardGroups];
 };
 
@@ -92,17 +87,17 @@ __device__ __forceinline__ void backward_produce(BackwardSmem<T, kD> &smem, cons
   }
 }
 
-/* The adding thread of a warpgroup: its pieces go to the sums, each after that of the key tile behind. A piece is reported as added when
+/* The adding thread of a warpgroup: its pieces go to the sums, each after that of the key tile before. A piece is reported as added when
  * the next one is on its way, or before this thread has to wait. */
 template <typename T, int kD>
 __device__ __forceinline__ void backward_add(BackwardSmem<T, kD> &smem, const BackwardProblem &p, int group) {
   constexpr int kPiece = BackwardTiles<kD>::kPiece;
   RingPosition<2> seat, buffer;
-  int unreported = -1, before = 0;  // index of a piece; key tiles that were added before it
+  int unreported = -1;
   for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance()) {
     smem.kv_empty[seat.slot][group].arrive();  // as far as the item's description goes
     const auto report = [&](int slot) {
-      store_release(p.added + unreported, before + 1);
+      store_release(p.added + unreported, item.tile + 1);
       unreported = -1;
       smem.piece_empty[slot][group].arrive();
     };
@@ -120,21 +115,20 @@ __device__ __forceinline__ void backward_add(BackwardSmem<T, kD> &smem, const Ba
       for (int m = seen.begin; m < seen.end; ++m, index += 2, buffer.advance()) {
         if (!has_ended(smem.piece_full[buffer.slot][group], buffer.parity)) report_all();
         smem.piece_full[buffer.slot][group].wait(buffer.parity);
-        const int wanted = keys_seen(p, m * kRows, kRows, kBackwardKeys).end - 1 - item.tile;
-        if (wanted > 0 && load_acquire(p.added + index) != wanted) {
+        if (item.tile > 0 && load_acquire(p.added + index) != item.tile) {
           report_all();
-          while (load_acquire(p.added + index) != wanted) __nanosleep(32);
+          while (load_acquire(p.added + index) != item.tile) __nanosleep(32);
         }
         const uint32_t piece = smem_address(smem.piece[buffer.slot][group]);
         float *sum = p.sums + int64_t(index) * kPiece;
-        if (wanted > 0) bulk_add(sum, piece, kPiece * sizeof(float));
+        if (item.tile > 0) bulk_add(sum, piece, kPiece * sizeof(float));
         else bulk_store(sum, piece, kPiece * sizeof(float));
         bulk_commit();
         if (unreported >= 0) {
           bulk_wait<1>();
           report(buffer.slot ^ 1);
         }
-        unreported = index, before = wanted;
+        unreported = index;
       }
     report_all();
   }
@@ -231,7 +225,7 @@ __device__ __forceinline__ void backward_consume(BackwardSmem<T, kD> &smem, cons
   using Tiles = BackwardTiles<kD>;
   const Fragment at(threadIdx.x % kWarpgroup);
   const int heads = p.h_q / p.h_kv;
-  RingPosition<2> seat, buffer, last;  // of items; of dS and pieces, this tile's and the one's before
+  RingPosition<2> seat, buffer;  // of items; of dS and pieces
   RingPosition<Tiles::kStages> ring;
   for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance()) {
     const int first = item.tile * kBackwardKeys + group * kRows, slot = seat.slot % Tiles::kSlots;
@@ -248,19 +242,6 @@ __device__ __forceinline__ void backward_consume(BackwardSmem<T, kD> &smem, cons
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) dk[i] = dv[i] = 0.f;
     int m = seen.begin, previous = -1;
-    // Hands the piece of dQ that was made from dS number `last` to the adding thread.
-    const auto hand_over = [&](const float (&piece)[Tiles::kColumns / 2]) {
-      release(smem.dscore_empty[last.slot]);
-      smem.piece_empty[last.slot][group].wait(last.parity ^ 1);
-      const uint32_t out = smem_address(smem.piece[last.slot][group]) + at.thread * 16;
-#pragma unroll
-      for (int n = 0; n < Tiles::kColumns / 8; ++n)
-        store_shared_128(out + n * kWarpgroup * 16, make_uint4(__float_as_uint(piece[4 * n]), __float_as_uint(piece[4 * n + 1]),
-                                                               __float_as_uint(piece[4 * n + 2]), __float_as_uint(piece[4 * n + 3])));
-      fence_proxy_async();
-      release(smem.piece_full[last.slot][group]);
-      last.advance();
-    };
 #pragma unroll 1
     for (int left = (seen.end - seen.begin) * heads; left > 0; --left, ring.advance(), buffer.advance()) {
       float score[kRows / 2], dweight[kRows / 2], piece[Tiles::kColumns / 2];
@@ -288,7 +269,6 @@ __device__ __forceinline__ void backward_consume(BackwardSmem<T, kD> &smem, cons
         weigh_columns<true>(score, record, p.scale_log2, at, first + at.row - p.right - m * kRows, p.t_kv - first - at.row);
       else
         weigh_columns<false>(score, record, p.scale_log2, at, 0, 0);
-      smem.dscore_empty[buffer.slot].wait(buffer.parity ^ 1);
       wgmma_wait<0>();
       pin(dweight);
       differentiate<T>(score, dweight, weight, dscore, dscore_smem + group * kRows * kRows * sizeof(T), record, at);
@@ -299,37 +279,32 @@ __device__ __forceinline__ void backward_consume(BackwardSmem<T, kD> &smem, cons
       wgmma_fence();
       accumulate<T, kD, kRows>(dv, weight, dy_smem);
       wgmma_commit();
-      release(smem.dscore_full[buffer.slot]);
-      // dQ of the tile before; at the first of an item there is none, and what is made of nothing goes nowhere.
-      if (previous >= 0) smem.dscore_full[last.slot].wait(last.parity);
+      // dS of all 128 keys is there, and everybody has read the dS before the last.
+      named_barrier_sync(CONSUMERS, kBackwardGroups * kWarpgroup);
       pin(piece);
       pin(dk);
       wgmma_fence();
-      multiply_piece<T, kD, Tiles::kColumns>(piece, smem_address(smem.dscore[last.slot][0]), k_columns);
+      multiply_piece<T, kD, Tiles::kColumns>(piece, dscore_smem, k_columns);
       wgmma_commit();
       accumulate<T, kD, kRows>(dk, dscore, q_smem);
       wgmma_commit();
+      smem.piece_empty[buffer.slot][group].wait(buffer.parity ^ 1);
       wgmma_wait<1>();
       pin(dv);
       pin(piece);
-      if (previous >= 0) hand_over(piece);
+      const uint32_t out = smem_address(smem.piece[buffer.slot][group]) + at.thread * 16;
+#pragma unroll
+      for (int n = 0; n < Tiles::kColumns / 8; ++n)
+        store_shared_128(out + n * kWarpgroup * 16, make_uint4(__float_as_uint(piece[4 * n]), __float_as_uint(piece[4 * n + 1]),
+                                                               __float_as_uint(piece[4 * n + 2]), __float_as_uint(piece[4 * n + 3])));
+      fence_proxy_async();
+      release(smem.piece_full[buffer.slot][group]);
       previous = ring.slot;
       if (++m == seen.end) m = seen.begin;
     }
     wgmma_wait<0>();
     pin(dk);
-    if (previous >= 0) {
-      release(smem.q_empty[previous]);
-      float piece[Tiles::kColumns / 2];
-      smem.dscore_full[last.slot].wait(last.parity);
-      pin(piece);
-      wgmma_fence();
-      multiply_piece<T, kD, Tiles::kColumns>(piece, smem_address(smem.dscore[last.slot][0]), k_columns);
-      wgmma_commit();
-      wgmma_wait<0>();
-      pin(piece);
-      hand_over(piece);
-    }
+    if (previous >= 0) release(smem.q_empty[previous]);
     constexpr float kFactor = 1.f / kWeightScale<T>;
     // No warp of either warpgroup still multiplies with the k and v that their gradients replace.
     named_barrier_sync(CONSUMERS, kBackwardGroups * kWarpgroup);
@@ -353,7 +328,6 @@ __global__ void __launch_bounds__((kBackwardGroups + 1) * kWarpgroup, 1)
     for (int s = 0; s < 2 * kBackwardGroups; ++s)
       (&smem.kv_full[0][0])[s].init(1), (&smem.kv_empty[0][0])[s].init(2), (&smem.gradient_full[0][0])[s].init(kArrivals);
     for (int s = 0; s < Tiles::kStages; ++s) smem.q_full[s].init(1), smem.q_empty[s].init(kArrivals * kBackwardGroups);
-    for (int s = 0; s < 2; ++s) smem.dscore_full[s].init(kArrivals * kBackwardGroups), smem.dscore_empty[s].init(kArrivals * kBackwardGroups);
     for (int s = 0; s < 2 * kBackwardGroups; ++s) (&smem.piece_full[0][0])[s].init(kArrivals), (&smem.piece_empty[0][0])[s].init(1);
     smem.dealer.init();
     mbarrier_init_fence();

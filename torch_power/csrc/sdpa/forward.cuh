@@ -11,7 +11,7 @@
  * with the maximum (general kernels follow the maximum in every tile).
  *
  * Shared memory: q_smem, two slots a warpgroup (the next item's q arrives under this one's products; y leaves through the
- * same slot, its residual through a third), k_smem and v_smem in a ring of stages each.
+ * same slot), k_smem and v_smem in a ring of stages each.
  */
 #pragma once
 
@@ -29,14 +29,14 @@ constexpr float kLargest = is_half<T> ? 0x1p14f : 0x1p20f;
 /* d: groups  keys stages  why
  *  64: 3     128  4       S, P, O are 64 + 32 + 32 registers of 160
  * 128: 2     128  2       S, P, O are 64 + 32 + 64 registers of 240; 2 stages of 64 KiB is what fits
- * 256: 1     64   2       O is 128 registers; two stages are what fits beside the slots of one warpgroup
- * General kernels have two warpgroups at most and tiles of 64 keys throughout: what their masks need are registers.
+256: 2     64   1       O is 128 registers; one stage beside the two slots for q is all of shared memory
+ * General kernels have two warpgroups and tiles of 64 keys throughout: what their masks need are registers.
  * kOrdered: the warpgroups take turns at starting products. */
 template <int kD, bool kGeneral>
 struct ForwardTiles {
-  static constexpr int kGroups = kD == 64 && !kGeneral ? 3 : kD == 256 ? 1 : 2, kKeys = kD == 256 || kGeneral ? 64 : 128;
-  static constexpr int kStages = kD == 64 ? 4 : kD == 128 && kGeneral ? 3 : 2;
-  static constexpr bool kOrdered = kGroups > 1;
+  static constexpr int kGroups = kD == 64 && !kGeneral ? 3 : 2, kKeys = kD == 256 || kGeneral ? 64 : 128;
+  static constexpr int kStages = kD == 64 ? 4 : kD == 128 ? (kGeneral ? 3 : 2) : 1;
+  static constexpr bool kOrdered = true;
 };
 
 template <typename T, int kD, typename Tiles>
@@ -45,7 +45,6 @@ struct ForwardSmem {
   T q[2][kGroups][kRows * kD];
   T k[kStages][Tiles::kKeys * kD];
   T v[kStages][Tiles::kKeys * kD];
-  T residual[kGroups][kRows * kD];
   Dealer dealer;
   Barrier q_full[2][kGroups], y_full[2][kGroups], q_empty[2][kGroups];
   Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
@@ -84,11 +83,9 @@ __device__ __forceinline__ void forward_produce(ForwardSmem<T, kD, Tiles> &smem,
   }
 }
 
-/* The storing thread: results leave through the slots of the tiles they replace, which are free again once they have been read, and
- * residuals through a tile of their own. */
+/* The storing thread: results leave through the slots of the tiles they replace, which are free again once they have been read. */
 template <typename T, int kD, typename Tiles>
-__device__ __forceinline__ void forward_store(ForwardSmem<T, kD, Tiles> &smem, const CUtensorMap *y_map,
-                                              const CUtensorMap *residual_map, const Problem &p) {
+__device__ __forceinline__ void forward_store(ForwardSmem<T, kD, Tiles> &smem, const CUtensorMap *y_map, const Problem &p) {
   RingPosition<2> seat;
   for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance())
 #pragma unroll 1
@@ -97,7 +94,6 @@ __device__ __forceinline__ void forward_store(ForwardSmem<T, kD, Tiles> &smem, c
       smem.y_full[seat.slot][g].wait(seat.parity);
       if (first < p.t_q) {
         store_tile_to_global<kD>(y_map, smem.q[seat.slot][g], first, item.head, item.batch);
-        if (p.residual) store_tile_to_global<kD>(residual_map, smem.residual[g], first, item.head, item.batch);
         bulk_commit();
         bulk_wait_read<0>();
       }
@@ -200,18 +196,25 @@ struct Turns {
   }
 };
 
-/* What rounding a warpgroup's part of y to T leaves over, into a tile of shared memory. */
+/* What rounding this thread's part of y to T leaves over. */
 template <typename T, int kD>
-__device__ __forceinline__ void store_residual(uint32_t tile, const float (&out)[kD / 2], const Fragment &at, const float (&factor)[2]) {
+__device__ __forceinline__ void store_residual(const Problem &p, const float (&out)[kD / 2], const Fragment &at, const float (&factor)[2],
+                                               const Item &item, int first) {
 #pragma unroll
-  for (int n = 0; n < kD / 8; ++n)
+  for (int r = 0; r < 2; ++r) {
+    const int row = first + at.row + 8 * r;
+    if (row >= p.t_q) continue;
+    T *residual = static_cast<T *>(p.residual) + item.batch * p.residual_stride[0] + item.head * p.residual_stride[1] +
+                  row * p.residual_stride[2] + 2 * at.quad;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int n = 0; n < kD / 8; ++n) {
+      if (8 * n >= p.e) continue;
       const float low = out[4 * n + 2 * r] * factor[r], high = out[4 * n + 2 * r + 1] * factor[r];
       const float2 rounded = Pair<T>::unpack(pack<T>(low, high));
-      store_shared_32(chunk_address(tile, kRows, at.row + 8 * r, n) + at.quad * 4,
-                      pack<T>((low - rounded.x) * kResidualScale<T>, (high - rounded.y) * kResidualScale<T>));
+      *reinterpret_cast<uint32_t *>(residual + 8 * n) =
+          pack<T>((low - rounded.x) * kResidualScale<T>, (high - rounded.y) * kResidualScale<T>);
     }
+  }
 }
 
 /* kGeneral: masks, bias, bands and dropout as `general` says, checked in every tile. */
@@ -356,10 +359,7 @@ __device__ __forceinline__ void forward_consume(ForwardSmem<T, kD, Tiles> &smem,
           p.lse[item.batch * p.lse_stride[0] + item.head * p.lse_stride[1] + row * p.lse_stride[2]] =
               sum > 0.f ? (softmax.top[r] * scale + log2f(sum)) * kLn2 : kNegativeInfinity;
       }
-      if (p.residual) {
-        smem.q_empty[seat.slot ^ 1][group].wait(seat.parity ^ (seat.slot == 0));  // the item before has left
-        store_residual<T, kD>(smem_address(smem.residual[group]), out, at, factor);
-      }
+      if (p.residual) store_residual<T, kD>(p, out, at, factor, item, first);
       warpgroup_sync(group);  // no warp still multiplies with the q that y replaces
       store_tile<T, kD>(q_smem, out, at, factor);
       fence_proxy_async();
@@ -371,8 +371,7 @@ __device__ __forceinline__ void forward_consume(ForwardSmem<T, kD, Tiles> &smem,
 template <typename T, int kD, typename Tiles, bool kGeneral>
 __global__ void __launch_bounds__((Tiles::kGroups + 1) * kWarpgroup, 1)
     forward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                   const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap y_map,
-                   const __grid_constant__ CUtensorMap residual_map, const __grid_constant__ Problem p,
+                   const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap y_map, const __grid_constant__ Problem p,
                    const __grid_constant__ General general) {
   constexpr int kGroups = Tiles::kGroups;
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
@@ -392,7 +391,7 @@ __global__ void __launch_bounds__((Tiles::kGroups + 1) * kWarpgroup, 1)
   if (group == kGroups) {
     registers_lower<kGroups == 3 ? 32 : 24>();
     if (threadIdx.x % kWarpgroup == 0) forward_produce<T, kD, Tiles>(smem, &q_map, &k_map, &v_map, p);
-    else if (threadIdx.x % kWarpgroup == 32) forward_store<T, kD, Tiles>(smem, &y_map, &residual_map, p);
+    else if (threadIdx.x % kWarpgroup == 32) forward_store<T, kD, Tiles>(smem, &y_map, p);
     else if (threadIdx.x % kWarpgroup == 64) smem.dealer.deal(smem.q_empty, p.deck);
   } else {
     registers_raise<kGroups == 3 ? 160 : 240>();

@@ -76,7 +76,7 @@ int32_t launch_backward_plain(const Call &call) {
   BackwardMaps maps;
   if (!maps.make(call)) return power_fail(POWER_INVALID, kNoMap);
   BackwardProblem p = prepare<T, kD>(call, Workspace(s, true), rows);
-  p.deck = make_deck(call, reinterpret_cast<int *>(call.workspace), s.t_kv, kBackwardKeys, s.h_kv, true);
+  p.deck = make_deck(call, reinterpret_cast<int *>(call.workspace), s.t_kv, kBackwardKeys, s.h_kv, false);
   const int32_t status = launch_persistent<BackwardSmem<T, kD>>(call, "sdpa: backward", backward_kernel<T, kD>, p.deck.items,
                                                                 (kBackwardGroups + 1) * kWarpgroup, maps.q, maps.k, maps.v, maps.dy, maps.dk,
                                                                 maps.dv, p);
@@ -119,7 +119,7 @@ int32_t launch_backward_general(const Call &call) {
 
 template <typename T, int kD>
 int32_t launch_backward(const Call &call) {
-  if constexpr (kD <= 128)  // every query sees a key, so every sum of the one-pass kernel is written
+  if constexpr (kD <= 128)  // the sums that the one-pass kernel adds to start with the first tile of keys
     if (!is_general(call) && call.shape.t_q > 0 && call.shape.t_kv > 0) return launch_backward_plain<T, kD>(call);
   return launch_backward_general<T, kD>(call);
 }
