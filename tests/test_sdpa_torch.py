@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
@@ -100,7 +101,7 @@ def test_log_sum_exp(name, implementation):
     arrays = case.make("float64")
     q, k, v = (to_torch(arrays[name]).transpose(1, 2) for name in "qkv")
     mask = to_torch(arrays["mask"]) if "mask" in arrays else None
-    _, lse = ops_sdpa.sdpa_forward(q, k, v, None, mask, None, False, case.d**-0.5, 0.0, implementation)
+    _, lse, _ = ops_sdpa.sdpa_forward(q, k, v, None, mask, None, False, case.d**-0.5, 0.0, implementation)
     np.testing.assert_allclose(lse.transpose(1, 2), case.exact(arrays, "zero")["lse"], rtol=1e-12)
 
 
@@ -480,9 +481,31 @@ def test_opcheck(implementation, mask, dropout_p):
     operands, numbers = (q, k, v, bias, keep, seed), (False, 0.3, dropout_p)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(ops_sdpa.sdpa_forward, (*operands, *numbers, implementation), test_utils=tests)
-    out, lse = ops_sdpa.sdpa_forward(*operands, *numbers, implementation)
-    backward = (*operands, out, lse, torch.randn_like(out), *numbers, bias is not None, implementation)
+    out, lse, residual = ops_sdpa.sdpa_forward(*operands, *numbers, implementation)
+    backward = (*operands, out, lse, residual, torch.randn_like(out), *numbers, bias is not None, implementation)
     torch.library.opcheck(ops_sdpa.sdpa_backward, backward, test_utils=tests)
+
+
+def test_a_list_of_which_none_serves_names_every_reason():
+    q = normal(1, 2, 5, 8)
+    with pytest.raises(NotImplementedError, match="'cuda' cannot serve this call: device cpu: .*; implementation='.*' would"):
+        attention(q, q, q, implementation="cuda")
+    assert attention(q, q, q, implementation=["cuda", "eager"]).shape == q.shape
+    with torch_power.implementation(["cuda", "eager"]):
+        assert attention(q, q, q).shape == q.shape
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "dtype float32"), ({"d": 12}, "head size d=12"), ({"e": 264}, "head size e=264"), ({"h_q": 0}, "h_q=0"),
+        ({"key_lengths": True}, "a mask says the same"), ({"b": 70_000, "bias_grad": True}, "65535 heads"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_cuda_says_what_it_lacks(changes, reason):
+    call = dataclasses.replace(PLAIN_CALL, dtype="bfloat16" if changes else "float32", **changes)
+    assert reason in ops_sdpa.SDPA["cuda"].supports(call, "cuda:0")
 
 
 def test_autocast():

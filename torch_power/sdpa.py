@@ -71,31 +71,33 @@ def scaled_dot_product_attention(
         bias, mask = (None, operand) if attn_mask.dtype == torch.bool else (operand, None)
     scale = spec_sdpa.default_scale(q.shape[-1]) if scale is None else scale
     bias_grad = bias is not None and bias.requires_grad
-    call = ops_sdpa.make_call(
-        q, k, v, bias, mask, causal=is_causal, scale=scale, dropout_p=dropout_p, bias_grad=bias_grad
-    )
+    call = ops_sdpa.make_call(q, k, v, bias, mask, causal=is_causal, scale=scale, dropout_p=dropout_p, bias_grad=bias_grad)
     name = CHOICE.choose("scaled_dot_product_attention", call, implementation, query.device.type)
 
     seed = torch.randint(2**63 - 1, (q.shape[0],), device=q.device) if dropout_p > 0 else None
-    out, _ = ops_sdpa.Sdpa.apply(q, k, v, bias, mask, seed, is_causal, scale, dropout_p, name)
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
+    out, *_ = ops_sdpa.Sdpa.apply(q, k, v, bias, mask, seed, is_causal, scale, dropout_p, name, training)
     out = out.to(value.dtype).reshape(*leading, *out.shape[2:])
     # As PyTorch's function does, keep queries stored [b, t, h, d] in that order: heads then merge without a copy.
     heads_last = query.ndim == 4 and query.stride(1) < query.stride(2)
     return out if heads_last else out.contiguous()
 
 
+@torch.compiler.assume_constant_result  # torch.compile of torch 2.11 cannot trace the question
+def _autocast_available(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def _autocast(*arrays: Any) -> list[Any]:
     """Under `torch.autocast`, floating tensors but float64 in the autocast dtype, as for PyTorch's own function."""
     device = arrays[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(arrays)
     dtype = torch.get_autocast_dtype(device)
     return [x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype) for x in arrays]
 
 
-def _four_axes(
-    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
-) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+def _four_axes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
     """q, k, v as `[b, heads, length, size]`, k and v with as many heads as each other, and the result's leading axes.
 
     Axes before the heads are made equal and merged into one; heads are left as few as the broadcast allows, since every
@@ -114,8 +116,7 @@ def _four_axes(
     wanted = (h_q, h_kv, h_kv)
     # Only grouped-query calls whose keys and values differ in heads, both more than one, have anything to repeat.
     operands = [
-        x if x.shape[-3] in (1, h) else x.repeat_interleave(h // x.shape[-3], -3)
-        for x, h in zip(operands, wanted, strict=True)
+        x if x.shape[-3] in (1, h) else x.repeat_interleave(h // x.shape[-3], -3) for x, h in zip(operands, wanted, strict=True)
     ]
     q, k, v = (
         x.expand(*batch, h, *x.shape[-2:]).reshape(math.prod(batch), h, *x.shape[-2:])

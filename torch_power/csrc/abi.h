@@ -108,18 +108,29 @@ POWER_API int32_t power_attention_backward_cpu(const PowerAttentionShape *, cons
 
 /* ---- Scaled dot-product attention --------------------------------------------------------------------------------- */
 
+typedef enum PowerCausal {
+  POWER_FULL = 0,
+  POWER_CAUSAL = 1,             /* upper-left: key j is seen by query i when j ≤ i */
+  POWER_CAUSAL_BOTTOM_RIGHT = 2 /* when j ≤ i + t_kv − t_q; the window is shifted by as much */
+} PowerCausal;
+
 typedef struct PowerSdpaShape {
   int64_t b, h_q, h_kv, t_q, t_kv, d, e;
   double scale;
   double dropout_p; /* in [0, 1]; 0: the seeds are not read */
   int32_t dtype;    /* of q, k, v, out and their gradients */
-  int32_t causal;   /* upper-left: key j is seen by query i when j ≤ i */
+  int32_t causal;   /* PowerCausal */
+  int32_t window;   /* 1: key j is seen by query i only when i − window_left ≤ j ≤ i + window_right; else the two are not read */
+  int32_t reserved; /* 0 */
+  int64_t window_left, window_right;
 } PowerSdpaShape;
 
 /* Axes: q, out, dq, dout [b, h_q, t_q, d or e];  k, v, dk, dv [b, h_kv, t_kv, d or e];  bias, mask, dbias [b, h_q, t_q, t_kv]
  * (stride 0 where one is broadcast);  lse [b, h_q, t_q];  seed [b], int64 (dtype is not read).
  * bias, dbias and lse are float32, or float64 when `dtype` is; so may out and dout be, to leave the rounding to the caller. mask is a bool one, true = keep; bias is added to the scores.
  * lse: log Σ_j exp(score_ij), −inf for a row that sees no key (its output is 0).
+ * residual: what rounding out to its dtype left over, in that dtype (float16: times 2^11), so that the backward pass has dout·out to the
+ * digits of float32. Where softmax is concentrated, dq and dk need them. Written by forward and read by backward if present; of sm90 only.
  * dbias has the bias's own strides: axes of stride 0 are summed over.
  * Dropout: Philox 4×32-7, counter (key / 4, query, head, 0), key the two halves of the batch element's seed; a weight is kept,
  * times 1/(1 − p), when word `key % 4` is at least round(p·2³²). */
@@ -128,6 +139,7 @@ typedef struct PowerSdpaArrays {
   PowerArray out, lse;                  /* written by forward, read by backward */
   PowerArray dout;
   PowerArray dq, dk, dv, dbias; /* written by backward; dbias unless absent */
+  PowerArray residual;          /* may be absent */
 } PowerSdpaArrays;
 
 POWER_API int64_t power_sdpa_forward_workspace_cpu(const PowerSdpaShape *, const void *stream);

@@ -1,5 +1,5 @@
 """The fused implementation for Hopper GPUs: CUDA kernels behind `csrc/abi.h`."""
 
-from torch_power.cuda import power
+from torch_power.cuda import power, sdpa
 
-__all__ = ["power"]
+__all__ = ["power", "sdpa"]

@@ -17,7 +17,8 @@ from torch import Tensor
 from bridge import spec
 from torch_power import _library
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
+# int64: seeds, whose dtype is not read.
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4, torch.int64: 0}
 _DTYPE_NAMES = {str(dtype).removeprefix("torch."): number for dtype, number in _DTYPES.items()}
 _FORMS = {"attention": 0, "chunked": 1, "recurrent": 2}
 _ERRORS = {1: NotImplementedError, 2: ValueError}
@@ -124,16 +125,25 @@ def run(operation: str, call: spec.PowerCall, arrays: Mapping[str, Tensor | None
     Raises:
       NotImplementedError, ValueError, RuntimeError: the kernels refused the call (the message is theirs).
     """
-    workspace_bytes, entry = _entry(operation)
     q = arrays["q"]
     shape = shape_of(call, arrays.get("saved") is not None)
     described = Arrays(**{name: describe(x) for name, x in arrays.items() if x is not None})
-    with torch.cuda.device(q.device):
+    run_described(operation, shape, described, q.device)
+
+
+def run_described(operation: str, shape: ctypes.Structure, arrays: ctypes.Structure, device: torch.device) -> None:
+    """Run `operation` on the current stream of `device`; the structures are those of its header.
+
+    Raises:
+      NotImplementedError, ValueError, RuntimeError: the kernels refused the call (the message is theirs).
+    """
+    workspace_bytes, entry = _entry(operation)
+    with torch.cuda.device(device):
         stream = torch.cuda.current_stream().cuda_stream
         size = workspace_bytes(ctypes.addressof(shape), stream)
         _check(1 if size < 0 else 0)
-        workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=q.device)
-        _check(entry(ctypes.addressof(shape), ctypes.addressof(described), workspace.data_ptr(), size, stream))
+        workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
+        _check(entry(ctypes.addressof(shape), ctypes.addressof(arrays), workspace.data_ptr(), size, stream))
 
 
 def _check(status: int) -> None:

@@ -74,6 +74,7 @@ int32_t check(const PowerSdpaShape &s) {
                       (long long)s.t_q, (long long)s.t_kv, (long long)s.h_q, (long long)s.h_kv, (long long)s.d, (long long)s.e);
   if (!(s.dropout_p >= 0 && s.dropout_p <= 1)) return power_fail(POWER_INVALID, "dropout_p=%g is not in [0, 1]", s.dropout_p);
   if (s.dtype < 0 || s.dtype > POWER_FLOAT16) return power_fail(POWER_UNSUPPORTED, "dtype %d", s.dtype);
+  if (s.causal > POWER_CAUSAL || s.window) return power_fail(POWER_UNSUPPORTED, "windows and the bottom-right causal mask are served by sm90");
   return POWER_OK;
 }
 

@@ -1,0 +1,3 @@
+#include "../sdpa/launch_backward.cuh"
+
+template int32_t power::sdpa::launch_backward<__nv_bfloat16, 64>(const power::sdpa::Call &);

@@ -1,0 +1,99 @@
+/* Host side that all kernels of scaled dot-product attention share: tensor maps, decks of items, persistent launches. */
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "call.h"
+#include "general.cuh"
+
+namespace power::sdpa {
+
+/* The map of an array [b, h, t, x] for tiles of `rows` rows × 64 columns of one head; coordinates (column, head, row, batch). An axis of
+ * one element may have any stride. Returns false if the driver refuses it. */
+inline bool make_map(CUtensorMap *map, const PowerArray &a, int64_t b, int64_t h, int64_t t, int64_t x, int rows, bool half) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void *f = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found);
+    return reinterpret_cast<Encode>(f);
+  }();
+  if (!encode) return false;
+  const cuuint64_t size[4] = {cuuint64_t(x), cuuint64_t(h), cuuint64_t(t), cuuint64_t(b)};
+  const int axis[3] = {1, 2, 0};
+  cuuint64_t stride[3];
+  for (int i = 0; i < 3; ++i) stride[i] = size[i + 1] == 1 ? 16 : cuuint64_t(a.stride[axis[i]]) * 2;
+  const cuuint32_t box[4] = {kSlabColumns, 1, cuuint32_t(rows), 1}, step[4] = {1, 1, 1, 1};
+  return encode(map, half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, a.data, size, stride, box, step,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+/* The deck of a kernel whose blocks hold `rows` rows of a head. Heads are dealt in equal groups, as in power attention: small
+ * enough that what streams past a group is read from memory once, large enough that its ragged end costs little. */
+inline Deck make_deck(const Call &call, int *dealt, int64_t t, int rows, int64_t heads, bool longest_last) {
+  const int64_t tiles = (t + rows - 1) / rows, all = call.shape.b * heads, busy = std::clamp<int64_t>(tiles / 4, 2, 6);
+  const int64_t groups = (all - 1) / (busy * call.multiprocessors / std::max<int64_t>(tiles, 1) + 1) + 1;
+  return Deck(int(tiles), int(heads), int(call.shape.b), int((all + groups - 1) / groups), longest_last, dealt);
+}
+
+inline int32_t after_launch(const char *what) {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? POWER_OK : power_fail(POWER_DEVICE, "%s: %s", what, cudaGetErrorString(error));
+}
+
+/* Launches a persistent kernel: one block a multiprocessor, or fewer if there are fewer items. */
+template <typename Smem, typename... Parameters, typename... Arguments>
+int32_t launch_persistent(const Call &call, const char *what, void (*kernel)(Parameters...), int items, int threads,
+                          const Arguments &...arguments) {
+  static_assert(sizeof(Smem) <= 232448, "shared memory of a multiprocessor");
+  if (items == 0) return POWER_OK;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Smem)) == cudaSuccess)
+    kernel<<<unsigned(std::min(items, call.multiprocessors)), threads, sizeof(Smem), call.stream>>>(arguments...);
+  return after_launch(what);
+}
+
+inline Problem make_problem(const Call &call) {
+  const PowerSdpaShape &s = call.shape;
+  Problem p = {};
+  p.t_q = int(s.t_q), p.t_kv = int(s.t_kv), p.h_q = int(s.h_q), p.h_kv = int(s.h_kv);
+  p.e = int(s.e);
+  const int64_t shift = s.causal == POWER_CAUSAL_BOTTOM_RIGHT ? s.t_kv - s.t_q : 0, none = kUnbounded;
+  const auto end = [none](int64_t x) { return int(std::clamp<int64_t>(x, -none, none)); };
+  p.left = end(s.window ? s.window_left - shift : none);
+  p.right = end(std::min(s.causal ? shift : none, s.window ? s.window_right + shift : none));
+  p.scale_log2 = std::max(float(std::abs(s.scale) * double(kLog2E)), 0x1p-126f);
+  p.negative = s.scale < 0;
+  p.residual = call.arrays.residual.data;
+  std::copy_n(call.arrays.residual.stride, 3, p.residual_stride);
+  p.lse = static_cast<float *>(call.arrays.lse.data);
+  std::copy_n(call.arrays.lse.stride, 3, p.lse_stride);
+  return p;
+}
+
+inline Operand operand(const PowerArray &a) {
+  Operand x = {a.data, {}, a.dtype};
+  std::copy_n(a.stride, 4, x.stride);
+  return x;
+}
+
+inline General make_general(const Call &call) {
+  const PowerSdpaShape &s = call.shape;
+  General g = {operand(call.arrays.bias), operand(call.arrays.mask)};
+  const uint64_t threshold = uint64_t(s.dropout_p * 4294967296.0 + 0.5);
+  if (threshold > 0) {
+    g.seed = static_cast<const int64_t *>(call.arrays.seed.data), g.seed_stride = call.arrays.seed.stride[0];
+    g.last_dropped = uint32_t(threshold - 1);
+  }
+  g.gain = s.dropout_p < 1 ? float(1 / (1 - s.dropout_p)) : 0.f;
+  return g;
+}
+
+/* Whether the call needs the general kernels. */
+inline bool is_general(const Call &call) {
+  const PowerSdpaShape &s = call.shape;
+  return call.arrays.bias.data || call.arrays.mask.data || s.dropout_p > 0 || s.window || s.causal == POWER_CAUSAL_BOTTOM_RIGHT;
+}
+
+}  // namespace power::sdpa
