@@ -29,7 +29,7 @@ class Saved(NamedTuple):
     """What an implementation keeps for its backward pass: y if it is wider than the result, and the row normaliser."""
 
     wide_y: Array | None
-    norm: Array
+    norm: Any
 
 
 class Residuals(NamedTuple):

@@ -138,7 +138,8 @@ def _vary(arrays: Any, axes: frozenset[str]) -> Any:
 def fold_batch(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function(call, *arrays)` with a rule for `vmap`: the mapped axis becomes part of the batch, `call.b`.
 
-    Every array, those returned too, has the batch first. An operand that is not mapped is repeated.
+    Every array, those returned too, has the batch first. An operand that is not mapped is repeated, but for bytes (uint8): what
+    they mean is for the batch they were made in, so they are left out and `function` gets None.
     """
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -150,7 +151,9 @@ def fold_batch(function: Callable[..., Any]) -> Callable[..., Any]:
 
         @one.def_vmap
         def many(size: int, mapped: Any, *arrays: Any) -> tuple[Any, Any]:
-            def fold(x: Array, is_mapped: bool) -> Array:
+            def fold(x: Array, is_mapped: bool) -> Array | None:
+                if x.dtype == jnp.uint8 and not is_mapped:
+                    return None
                 x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
                 return x.reshape(size * call.b, *x.shape[2:])
 

@@ -201,8 +201,8 @@ def test_shapes_and_names_of_a_call():
     forward, backward = (
         next(line for line in text.splitlines() if f"@power_chunked_{which}(" in line) for which in ("forward", "backward")
     )
-    assert 'operands = "q k v log_g s0 z0", results = "y norm s z"' in forward
-    assert 'operands = "q k v log_g y norm dy s0 z0 ds dz", results = "dq dk dv dlog_g ds0 dz0"' in backward
+    assert 'operands = "q k v log_g s0 z0", results = "y norm s z saved"' in forward
+    assert 'operands = "q k v log_g y norm dy s0 z0 ds dz saved", results = "dq dk dv dlog_g ds0 dz0"' in backward
     for name in ("b", "t", "t_kv", "h_q", "h_kv", "d", "e"):
         assert re.search(rf"[{{ ]{name} = {getattr(call_of_case(case), name)} : i64", forward), name
     for line in (forward, backward):
@@ -213,6 +213,27 @@ def call_of_case(case: cases.Case) -> spec.PowerCall:
     arrays = operands(case)
     state = None if arrays[4] is None else (arrays[4], arrays[5])
     return spec.check_power(*arrays[:4], **case.options(), initial_state=state)
+
+
+@needs_library
+@pytest.mark.parametrize("forward_is_mapped", [True, False])
+def test_kept_states_are_of_one_batch(forward_is_mapped):
+    """Where only the gradient is mapped, the backward pass gets none; where the forward pass is, those of the larger batch."""
+    arguments = operands(cases.BY_NAME["gates"])[:4]
+    call = spec.check_power(*arguments, form="chunked")
+    plans = platforms.Plans(platforms.Plan("cuda_ffi", call), None, here_is_cuda=True)
+
+    def gradients(*arguments, upstream=1):
+        y, pull_back = jax.vjp(lambda *x: ops.power_attention(plans, *x, None, None)[0], *arguments)
+        return pull_back(y) if upstream == 1 else jax.vmap(pull_back)(jnp.stack([y] * upstream))
+
+    if forward_is_mapped:
+        text = lowered(jax.vmap(gradients), *(jnp.stack([x] * 3) for x in arguments), platforms=("cuda",))
+    else:
+        text = lowered(functools.partial(gradients, upstream=3), *arguments, platforms=("cuda",))
+    (backward,) = (line for line in text.splitlines() if "@power_chunked_backward(" in line)
+    assert (' saved", results = ' in backward) == forward_is_mapped
+    assert f"saved = {int(forward_is_mapped)} : i64" in backward and f"b = {3 * call.b} : i64" in backward
 
 
 @needs_library
@@ -264,6 +285,7 @@ def on_cpu(compiled, monkeypatch):
         return size(ctypes.addressof(shape), None)
 
     monkeypatch.setattr(library, "workspace_bytes", workspace_bytes)
+    monkeypatch.setattr(power, "KEEP_STATES", False)  # a matter of the kernels alone
 
 
 def run(case: cases.Case, arrays: dict[str, jax.Array], form: str) -> dict[str, jax.Array]:

@@ -39,7 +39,7 @@ _ALIGNMENT = 256
 
 
 _SIZES = ("b", "t", "t_kv", "h_q", "h_kv", "d", "e", "chunk_size")
-_FLAGS = ("deg", "form", "dtype", "causal", "normalize")
+_FLAGS = ("deg", "form", "dtype", "causal", "normalize", "saved")
 
 
 class Shape(ctypes.Structure):
@@ -76,9 +76,9 @@ def load() -> ctypes.CDLL:
     except OSError as error:
         raise ImportError(f"the compiled kernels cannot be loaded from {file} ({error}); {HOW_TO_BUILD}") from error
     library.power_last_error.restype = ctypes.c_char_p
+    for size in (library.power_chunked_saved_sm90, *(getattr(library, f"power_{name}_workspace_sm90") for name in OPERATIONS)):
+        size.restype, size.argtypes = ctypes.c_int64, (ctypes.c_void_p, ctypes.c_void_p)
     for operation in OPERATIONS:
-        workspace = getattr(library, f"power_{operation}_workspace_sm90")
-        workspace.restype, workspace.argtypes = ctypes.c_int64, (ctypes.c_void_p, ctypes.c_void_p)
         handler = getattr(library, f"power_ffi_{operation}")
         jax.ffi.register_ffi_target(f"power_{operation}", jax.ffi.pycapsule(handler), platform="CUDA")
     return library
@@ -110,12 +110,9 @@ def run(
     Raises:
       NotImplementedError: the kernels refuse the shape (the message is theirs).
     """
-    shape = Shape(
-        call.b, call.t, call.t_kv, call.h_q, call.h_kv, call.d, call.e, call.chunk_size, call.scale,
-        call.deg, _FORMS[call.form], _DTYPES[call.dtypes[0]], call.causal, call.normalize,
-    )  # fmt: skip
     names = [name for name, x in operands.items() if x is not None]
     wanted = {name: x for name, x in results.items() if x is not None}
+    shape = shape_of(call, saved="saved" in names or "saved" in wanted)
     workspace = (workspace_bytes(operation, shape) + _ALIGNMENT,), "uint8"
     buffers = [jax.ShapeDtypeStruct(size, jnp.dtype(dtype)) for size, dtype in (*wanted.values(), workspace)]
     attributes: dict[str, Any] = {name: np.int64(getattr(shape, name)) for name in (*_SIZES, *_FLAGS)}
@@ -131,14 +128,32 @@ def like(x: Array | None) -> tuple[tuple[int, ...], str] | None:
     return None if x is None else (x.shape, str(x.dtype))
 
 
+def shape_of(call: spec.PowerCall, saved: bool = False) -> Shape:
+    """The call as a PowerAttentionShape."""
+    return Shape(
+        call.b, call.t, call.t_kv, call.h_q, call.h_kv, call.d, call.e, call.chunk_size, call.scale,
+        call.deg, _FORMS[call.form], _DTYPES[call.dtypes[0]], call.causal, call.normalize, saved,
+    )  # fmt: skip
+
+
 def workspace_bytes(operation: str, shape: Shape) -> int:
-    """Bytes of scratch memory that an operation needs for `shape`.
+    """Bytes of scratch memory that an operation needs for `shape`."""
+    return _bytes(f"power_{operation}_workspace_sm90", shape)
+
+
+def saved_bytes(call: spec.PowerCall) -> int:
+    """Bytes that the chunked forward pass can hand to the backward pass."""
+    return _bytes("power_chunked_saved_sm90", shape_of(call))
+
+
+def _bytes(function: str, shape: Shape) -> int:
+    """What a function of the library that counts bytes says.
 
     Raises:
       NotImplementedError: the kernels refuse the shape (the message is theirs).
     """
     library = load()
-    size = getattr(library, f"power_{operation}_workspace_sm90")(ctypes.addressof(shape), None)
+    size = getattr(library, function)(ctypes.addressof(shape), None)
     if size < 0:
         raise NotImplementedError(library.power_last_error().decode())
     return size

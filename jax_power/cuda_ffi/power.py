@@ -8,7 +8,7 @@ bfloat16 inputs lose nothing on the way in.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -22,6 +22,22 @@ CROSSING = {
     64: 9_200,  # chunked 8.4 whatever t is (t = 65536), attention 0.98e-3 · t (t = 16384), a little more with few heads
     128: 20_000,  # chunked 36.7, attention 1.80e-3 · t
 }
+
+
+# Whether the chunked form's states are kept from the forward to the backward pass: 2·D·e bytes a chunk and head (at b = 1,
+# t = 65536, h = 8, d = 64: 164 MB). False: the backward pass works them out again, to the same bits.
+KEEP_STATES = True
+
+
+class Normaliser(NamedTuple):
+    """What the chunked backward pass takes from the forward pass.
+
+    rows: the row normaliser, `[b, t, h_q]` float32.
+    saved: the states before each chunk and what they were measured by, opaque bytes `[b, …]` of this very batch; or None.
+    """
+
+    rows: Array
+    saved: Array | None
 
 
 def plan(call: spec.PowerCall) -> spec.PowerCall:
@@ -59,10 +75,11 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
 
 def forward(
     call: spec.PowerCall, q: Array, k: Array, v: Array, log_g: Array | None, s0: Array | None, z0: Array | None
-) -> tuple[Array, Array, Array | None, Array | None]:
-    """y `[b, t, h_q, e]` in the dtype of v, norm `[b, t, h_q]` float32, and the final state (None unless asked for).
+) -> tuple[Array, Any, Array | None, Array | None]:
+    """y `[b, t, h_q, e]` in the dtype of v, what `backward` takes as norm, and the final state (None unless asked for).
 
     A call with a state, and one of form 'recurrent', is served by the chunked kernels whatever the form: the sums are the same.
+    norm is `Normaliser`, with the chunks' states, which this pass has in device memory anyway.
     """
     if call.form == "attention" and not (call.has_state or call.return_state):
         return attention.forward(call, q, k, v, log_g, s0, z0)
@@ -71,13 +88,14 @@ def forward(
     }  # fmt: skip
     state = {"s": ((call.b, call.h_kv, call.rows, call.e), "float32"), "z": ((call.b, call.h_kv, call.rows), "float32")}
     if _empty(call):
-        y, norm = (jnp.zeros(*x) for x in outputs.values())
+        y, rows = (jnp.zeros(*x) for x in outputs.values())
         s, z = (jnp.zeros(*x) if x0 is None else x0 for x, x0 in zip(state.values(), (s0, z0), strict=True))
-        return (y, norm, s, z) if call.return_state else (y, norm, None, None)
+        return (y, Normaliser(rows, None), s, z) if call.return_state else (y, Normaliser(rows, None), None, None)
     operands = {"q": _scaled(call, q), "k": k, "v": v, "log_g": log_g, "s0": s0, "z0": z0}
     outputs |= state if call.return_state else {"s": None, "z": None}
-    y, norm, s, z = library.run("chunked_forward", call, operands, outputs)
-    return y, norm, s, z
+    outputs["saved"] = ((call.b, -(-library.saved_bytes(call) // call.b)), "uint8") if KEEP_STATES else None
+    y, rows, s, z, saved = library.run("chunked_forward", call, operands, outputs)
+    return y, Normaliser(rows, saved), s, z
 
 
 def backward(
@@ -89,14 +107,15 @@ def backward(
     s0: Array | None,
     z0: Array | None,
     y: Array,
-    norm: Array,
+    norm: Any,
     dy: Array,
     ds: Array | None,
     dz: Array | None,
 ) -> tuple[Array | None, ...]:
     """Gradients of q, k, v, log_g, s0, z0 in the dtypes of those arguments (None where the argument is None).
 
-    States are recomputed, so that a forward pass keeps y and norm alone. Every sum has one order: two runs give equal bits.
+    States that the forward pass did not keep are worked out again, to the same bits. Every sum has one order: two runs give
+    equal bits.
     """
     if call.form == "attention" and not (call.has_state or call.return_state):
         return attention.backward(call, q, k, v, log_g, s0, z0, y, norm, dy, ds, dz)
@@ -107,8 +126,8 @@ def backward(
             None if x is None else jnp.zeros_like(x) if dx is None else dx
             for x, dx in zip(arguments.values(), upstream, strict=True)
         )
-    operands = {"q": _scaled(call, q), "k": k, "v": v, "log_g": log_g, "y": y, "norm": norm, "dy": dy}
-    operands |= {"s0": s0, "z0": z0, "ds": ds, "dz": dz}
+    operands = {"q": _scaled(call, q), "k": k, "v": v, "log_g": log_g, "y": y, "norm": norm.rows, "dy": dy}
+    operands |= {"s0": s0, "z0": z0, "ds": ds, "dz": dz, "saved": norm.saved}
     return tuple(library.run("chunked_backward", call, operands, {name: library.like(x) for name, x in arguments.items()}))
 
 

@@ -148,6 +148,28 @@ def test_vmap_is_a_larger_batch(form: str, unmapped: str | None) -> None:
             assert np.asarray(g[n]).tobytes() == np.asarray(w).tobytes()
 
 
+def test_kept_states_change_no_bit(monkeypatch) -> None:
+    """Worked out again, kept, kept by a mapped forward pass, or kept for another batch than the gradient's: the same bits."""
+    case, arrays = random_inputs(2500, h_q=4, b=2)
+    q, k, v, log_g, dy = (arrays[name] for name in (*ARGUMENTS[:4], "dy"))
+    attention = functools.partial(jax_power.power_attention, form="chunked", implementation="cuda_ffi")
+
+    def gradients(q, k, v, log_g, dy):
+        return jax.vjp(attention, q, k, v, log_g)[1](dy)
+
+    kept = jax.jit(gradients)(q, k, v, log_g, dy)
+    upstream = jnp.stack([dy, -dy, 2 * dy])
+    apart = jax.jit(lambda *x: jax.vmap(jax.vjp(attention, *x)[1])(upstream))(q, k, v, log_g)
+    both = jax.jit(jax.vmap(gradients))(*(jnp.stack([x, x[::-1]]) for x in (q, k, v, log_g, dy)))
+    monkeypatch.setattr(power, "KEEP_STATES", False)
+    jax.clear_caches()
+    again = jax.jit(gradients)(q, k, v, log_g, dy)
+    jax.clear_caches()
+    for n, x in enumerate(again):
+        for name, got in (("kept", kept[n]), ("apart", apart[n][0]), ("both", both[n][0]), ("both", both[n][1][::-1])):
+            assert np.asarray(got).tobytes() == np.asarray(x).tobytes(), (name, n)
+
+
 @pytest.mark.parametrize("form", ["attention", "chunked"])
 def test_transformations_change_no_bit(form: str) -> None:
     """checkpoint, shard_map over batch and heads, and no jit at all."""

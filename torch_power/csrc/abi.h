@@ -88,7 +88,7 @@ typedef struct PowerAttentionShape {
  * y and dy are float32 (float64) as well where an implementation leaves the rounding to its caller, as the CPU's does.
  * norm: the row normaliser of the row q' the kernel worked with (q times a power of two with normalize = 1); opaque to the
  * caller, handed from forward to backward of the same implementation.
- * saved: where an operation has `power_OP_saved_DEV`, that many bytes, aligned to 256, of what its forward pass found out and its backward pass
+ * saved: where an operation has `power_OP_saved_DEV`, that many bytes, aligned to 128, of what its forward pass found out and its backward pass
  * would otherwise work out again; opaque. Its strides and dtype are not read. Forward and backward get the same shape; the same bits come out
  * with and without it. */
 typedef struct PowerAttentionArrays {

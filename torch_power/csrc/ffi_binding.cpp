@@ -27,7 +27,7 @@ constexpr std::pair<std::string_view, PowerArray Arrays::*> FIELDS[] = {
     {"q", &Arrays::q},           {"k", &Arrays::k},       {"v", &Arrays::v},   {"log_g", &Arrays::log_g}, {"s0", &Arrays::s0},
     {"z0", &Arrays::z0},         {"y", &Arrays::y},       {"norm", &Arrays::norm}, {"s", &Arrays::s},     {"z", &Arrays::z},
     {"dy", &Arrays::dy},         {"ds", &Arrays::ds},     {"dz", &Arrays::dz}, {"dq", &Arrays::dq},       {"dk", &Arrays::dk},
-    {"dv", &Arrays::dv},         {"dlog_g", &Arrays::dlog_g}, {"ds0", &Arrays::ds0}, {"dz0", &Arrays::dz0},
+    {"dv", &Arrays::dv},         {"dlog_g", &Arrays::dlog_g}, {"ds0", &Arrays::ds0}, {"dz0", &Arrays::dz0}, {"saved", &Arrays::saved},
 };
 constexpr std::pair<std::string_view, int64_t Shape::*> SIZES[] = {
     {"b", &Shape::b},       {"t", &Shape::t}, {"t_kv", &Shape::t_kv}, {"h_q", &Shape::h_q},
@@ -35,6 +35,7 @@ constexpr std::pair<std::string_view, int64_t Shape::*> SIZES[] = {
 };
 constexpr std::pair<std::string_view, int32_t Shape::*> FLAGS[] = {
     {"deg", &Shape::deg}, {"form", &Shape::form}, {"dtype", &Shape::dtype}, {"causal", &Shape::causal}, {"normalize", &Shape::normalize},
+    {"saved", &Shape::saved},
 };
 
 /* What a workspace must be aligned to; XLA promises less, so the caller asks for this many bytes more. */
@@ -49,6 +50,7 @@ bool describe(const ffi::AnyBuffer &buffer, PowerArray &array) {
     case ffi::DataType::F32: array.dtype = POWER_FLOAT32; break;
     case ffi::DataType::BF16: array.dtype = POWER_BFLOAT16; break;
     case ffi::DataType::F16: array.dtype = POWER_FLOAT16; break;
+    case ffi::DataType::U8: break; /* opaque */
     default: return false;
   }
   array.data = buffer.untyped_data();

@@ -138,7 +138,7 @@ inline const char *unsupported(const PowerAttentionShape &s) {
 /* What contradicts the shape in a call's arrays, or null. */
 inline const char *invalid(const PowerAttentionShape &s, const PowerAttentionArrays &a) {
   if (s.b == 0 || s.t == 0 || s.h_q == 0) return "b, t, h_q: an empty call has nothing to launch";
-  if (s.saved && (a.saved.data == nullptr || (reinterpret_cast<uintptr_t>(a.saved.data) & 255))) return "saved: absent, or not aligned to 256";
+  if (s.saved && (a.saved.data == nullptr || (reinterpret_cast<uintptr_t>(a.saved.data) & 127))) return "saved: absent, or not aligned to 128";
   return nullptr;
 }
 
