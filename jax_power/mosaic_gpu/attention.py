@@ -1,0 +1,44 @@
+"""The attention form on Hopper: glue between the interface every implementation has and the Pallas kernels."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from bridge import spec
+from jax_power.mosaic_gpu import power_fwd
+from jax_power.mosaic_gpu.attention_common import fill_up, head_scale, sum_gates
+
+
+def supports(call: spec.PowerCall, device: str) -> str | None:
+    """None, or why the kernels of the attention form cannot serve `call`: the argument, and what would work."""
+    if device not in ("gpu", "cuda"):
+        return f"device {device}: the kernels run on a Hopper GPU; move the arrays there"
+    if call.form != "attention":
+        return f"form={call.form!r}: these kernels compute form='attention'"
+    if len(set(call.dtypes)) > 1 or call.dtypes[0] not in ("bfloat16", "float16"):
+        return f"dtypes {', '.join(call.dtypes)} of q, k, v: the kernels take bfloat16 or float16, the same for all three"
+    if call.deg > 4:
+        return f"deg={call.deg}: the kernels of the attention form take 1 to 4"
+    for name, size in (("d", call.d), ("e", call.e)):
+        if size > 128:
+            return f"head size {name}={size}: the kernels of the attention form take up to 128"
+    if call.has_state or call.return_state:
+        return "initial_state, return_state: the attention form's kernels have no state; use form='chunked'"
+    return None
+
+
+def forward(
+    call: spec.PowerCall, q: Array, k: Array, v: Array, log_g: Array | None, s0: Array | None, z0: Array | None
+) -> tuple[Array, Array, None, None]:
+    """y `[b, t, h_q, e]` in the dtype of v, and norm `[b, t, h_q]` float32: the normaliser of the scaled row, for `backward`."""
+    if 0 in (*q.shape, *k.shape, *v.shape) or (call.normalize and call.scale == 0):
+        return jnp.zeros((*q.shape[:3], call.e), v.dtype), jnp.zeros(q.shape[:3], jnp.float32), None, None
+    y, norm = power_fwd.attend(call, *(fill_up(x) for x in (q, k, v)), *_of_keys(call, k, log_g))
+    return y[:, : call.t, :, : call.e], jnp.moveaxis(norm[:, :, : call.t], 1, 2), None, None
+
+
+def _of_keys(call: spec.PowerCall, k: Array, log_g: Array | None) -> tuple:
+    """Sums of the gates and float16's scale of each head, None where there is none."""
+    gates = None if log_g is None else sum_gates(log_g, call.deg)
+    return gates, head_scale(k, call.deg) if k.dtype == jnp.float16 else None
