@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from bridge import spec
-from jax_power.mosaic_gpu import power_fwd
-from jax_power.mosaic_gpu.attention_common import fill_up, head_scale, sum_gates
+from jax_power.mosaic_gpu import power_bwd, power_fwd
+from jax_power.mosaic_gpu.attention_common import fill_up, head_scale, measure_ranges, sum_gates
 
 
 def supports(call: spec.PowerCall, device: str) -> str | None:
@@ -36,6 +36,28 @@ def forward(
         return jnp.zeros((*q.shape[:3], call.e), v.dtype), jnp.zeros(q.shape[:3], jnp.float32), None, None
     y, norm = power_fwd.attend(call, *(fill_up(x) for x in (q, k, v)), *_of_keys(call, k, log_g))
     return y[:, : call.t, :, : call.e], jnp.moveaxis(norm[:, :, : call.t], 1, 2), None, None
+
+
+def backward(
+    call: spec.PowerCall, q: Array, k: Array, v: Array, log_g: Array | None, s0: Array | None,
+    z0: Array | None, y: Array, norm: Array, dy: Array, ds: Array | None, dz: Array | None,
+) -> tuple[Array, Array, Array, Array | None, None, None]:  # fmt: skip
+    """dq, dk, dv in the dtypes of q, k, v, and dlog_g in float32. Every sum has one order: two runs give equal bits."""
+    if 0 in (*q.shape, *k.shape, *v.shape) or call.scale == 0:
+        return *(None if x is None else jnp.zeros_like(x) for x in (q, k, v, log_g)), None, None
+    dy = dy.astype(v.dtype)
+    gates = None if log_g is None else sum_gates(log_g, call.deg)
+    ranges = measure_ranges(call, q, k, v, dy) if k.dtype == jnp.float16 else None
+    q_, k_, v_, y_, dy_ = (fill_up(x) for x in (q, k, v, y, dy))
+    norm = jnp.pad(jnp.moveaxis(norm, 1, 2), ((0, 0), (0, 0), (0, -call.t % power_bwd.BLOCK)))
+    dq, queries = power_bwd.differentiate_queries(call, q_, k_, v_, y_, norm, dy_, gates, ranges)
+    dk, dv, column_sum = power_bwd.differentiate_keys(call, q_, k_, v_, dy_, queries, gates, ranges)
+    dlog_g = None
+    if log_g is not None:
+        row_sum = queries.row_sum.reshape(call.b, call.h_kv, call.group, -1).sum(2)
+        difference = jnp.moveaxis((row_sum - column_sum)[..., : call.t], 1, 2)
+        dlog_g = jnp.flip(jnp.cumsum(jnp.flip(difference, 1), 1), 1)
+    return dq[:, : call.t, :, : call.d], dk[:, : call.t_kv, :, : call.d], dv[:, : call.t_kv, :, : call.e], dlog_g, None, None
 
 
 def _of_keys(call: spec.PowerCall, k: Array, log_g: Array | None) -> tuple:

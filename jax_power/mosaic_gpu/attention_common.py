@@ -86,7 +86,47 @@ def head_scale(k: Array, deg: int) -> Array:
     """float16: the power of two, one a head `[b, h_kv]`, that bounds the scores of rows of norm < 2."""
     largest = jnp.sqrt(jnp.square(k.astype(jnp.float32)).sum(-1).max(1))
     exponent = score_bits(deg) - 1 - jnp.frexp(largest)[1]
-    return jnp.where(largest > 0, jnp.exp2(jnp.clip(exponent, -126, 126).astype(jnp.float32)), 1.0)
+    return jnp.where(largest > 0, _power_of_two(exponent), 1.0)
+
+
+class Ranges(NamedTuple):
+    """float16: what keeps intermediate numbers in its range, one number a key-value head `[b, h_kv]`, in float32.
+
+    Fields:
+      scale: `head_scale`.
+      v_squared: largest |v|².
+      weight, dscore: powers of two that w / n and dS are multiplied by before they are rounded, for dv and dk.
+    """
+
+    scale: Array
+    v_squared: Array
+    weight: Array
+    dscore: Array
+
+
+def measure_ranges(call: spec.PowerCall, q: Array, k: Array, v: Array, dy: Array) -> Ranges:
+    """`Ranges` of a backward pass.
+
+    Normalised, w / n ≤ 1 and dS is about dp / (i · score / √d), 2^10 of it on the first rows; what outgrows 2^16 there (a row
+    that sees only keys nearly orthogonal to it) is clamped. Otherwise both have plain bounds.
+    """
+    q_squared, k_squared, v_squared, dy_squared = (jnp.square(x.astype(jnp.float32)).sum(-1).max(1) for x in (q, k, v, dy))
+    q_squared, dy_squared = (x.reshape(call.b, call.h_kv, call.group).max(-1) for x in (q_squared, dy_squared))
+    # A root at a time: the product of squares could overflow.
+    score, dweight = jnp.sqrt(q_squared) * jnp.sqrt(k_squared), jnp.sqrt(dy_squared) * jnp.sqrt(v_squared)
+    above, dweight_above = jnp.frexp(score)[1], jnp.frexp(dweight)[1]
+    if call.normalize:
+        weight = jnp.full_like(above, 10)
+        dscore = 10 + above - (3 if call.d <= 64 else 4) - (dweight_above + 1)
+    else:
+        weight, dscore = 14 - call.deg * above, 14 - (call.deg - 1) * above - dweight_above
+    known = (score > 0) & (dweight > 0)
+    weight, dscore = (jnp.where(known, _power_of_two(x), 1.0) for x in (weight, dscore))
+    return Ranges(head_scale(k, call.deg), v_squared, weight, dscore)
+
+
+def _power_of_two(exponent: Array) -> Array:
+    return jnp.exp2(jnp.clip(exponent, -126, 126).astype(jnp.float32))
 
 
 def fill_up(x: Array) -> Array:
@@ -176,6 +216,25 @@ def scale_rows(tile: Any) -> Array:
     tile[...] = (wide * spread_rows(factor, x.shape[1])).astype(x.dtype)
     plgpu.commit_smem()
     return factor
+
+
+def packed(size_squared: Array, bits: int) -> Array:
+    """The power of two that brings numbers up to a size (given squared) below 2^bits."""
+    exponent = (lax.bitcast_convert_type(size_squared, jnp.int32) >> 23) - 127
+    return lax.bitcast_convert_type((127 + jnp.clip(bits - (exponent >> 1), -126, 126)) << 23, jnp.float32)
+
+
+def inverse_root(x: Array, deg: int) -> Array:
+    """x^(−1/p) for an even p and x > 0, 0 for x = 0 (a row that sees nothing)."""
+    root = lax.rsqrt(x)
+    for _ in range(deg.bit_length() - 2):
+        root = root * lax.rsqrt(root)
+    return jnp.where(x == 0.0, 0.0, root)
+
+
+def next_slot(n: Array, ahead: int, stages: int) -> Array:
+    """The slot of the ring that tile n + ahead is in."""
+    return lax.rem(n + ahead, jnp.int32(stages))
 
 
 def plain(call: spec.PowerCall) -> float:

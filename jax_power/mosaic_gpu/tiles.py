@@ -52,14 +52,17 @@ def forward(d: int, e: int, *, gates: bool, half: bool) -> Forward:
 
 
 def backward_q(d: int, e: int, *, gates: bool) -> Backward:
-    """dq: S, dP, dQ and dS in registers; wider tiles load less from shared memory, but gates need the registers."""
-    width = 128 if d == 64 and e == 64 and not gates else 64
-    return Backward(groups=2, width=width, stages=2, consumer_registers=240, producer_registers=24)
+    """Row of the table for dq, for padded head sizes d and e."""
+    if d == 64 and e == 64 and not gates:
+        # S, dP, dQ and dS are 64 + 64 + 32 + 32 registers; wider tiles load less from shared memory.
+        return Backward(groups=2, width=128, stages=4, consumer_registers=240, producer_registers=24)
+    # Gates need the registers of wider tiles, and so does a dQ of 128 columns; 3 stages are all of shared memory at d = 128.
+    return Backward(groups=2, width=64, stages=6 if d + e == 128 else 3, consumer_registers=240, producer_registers=24)
 
 
 def backward_kv(d: int, e: int) -> Backward:
-    """dk and dv: two sums, S and dP in registers."""
-    return Backward(groups=2, width=64, stages=4 if d + e == 128 else 2, consumer_registers=240, producer_registers=24)
+    """Row of the table for dk and dv: two sums (64 to 128 registers) beside S and dP."""
+    return Backward(groups=2, width=64, stages=6 if d + e == 128 else 3, consumer_registers=240, producer_registers=24)
 
 
 def check_smem(kernel: str, *arrays: tuple[tuple[int, ...], int]) -> None:
