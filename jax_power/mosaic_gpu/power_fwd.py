@@ -25,6 +25,7 @@ from jax_power.mosaic_gpu.attention_common import (
     ROW,
     Deck,
     Gates,
+    next_slot,
     plain,
     power,
     scale_rows,
@@ -100,56 +101,88 @@ def attend(call: spec.PowerCall, q: Array, k: Array, v: Array, gates: Gates | No
                 growth = jnp.exp2(row_gate)
                 start = [gates_gmem.edges[batch, head_kv, 4 * row_block + i] for i in range(2)]
 
-            def decayed(scores: Array, n: Array, slot: Array, last: bool) -> Array:
+            def decayed(scores: Array, n: Array, keys_smem: Any, last: bool) -> Array:
                 """Scores times the p-th root of the gates between row and key, and float16's scale."""
                 if gates_gmem is not None:
+                    width = scores.shape[1]
                     if last:
-                        key_gate = compat.load(smem["sum"].at[slot], COLUMN)
-                        decay = spread_rows(row_gate, keys) - spread_columns(key_gate, tiles.ROWS)
+                        decay = spread_rows(row_gate, width) - spread_columns(compat.load(keys_smem("sum"), COLUMN), tiles.ROWS)
                         scores = scores * jnp.exp2(decay)
                     else:
                         end = [gates_gmem.edges[batch, head_kv, 4 * n + 2 + i] for i in range(2)]
                         between = growth * jnp.exp2((start[0] - end[0]) + (start[1] - end[1]))
-                        rest = compat.load(smem["rest"].at[slot], COLUMN)
-                        scores = scores * spread_rows(between, keys) * spread_columns(rest, tiles.ROWS)
+                        rest = compat.load(keys_smem("rest"), COLUMN)
+                        scores = scores * spread_rows(between, width) * spread_columns(rest, tiles.ROWS)
                 return scores if of_head is None else scores * of_head
 
             def sums(out: Any) -> tuple[Array, Array, Array]:
-                def attend_tile(n: Array, norm: Array, *, last: bool) -> tuple[Array, Array]:
-                    slot = lax.rem(n, jnp.int32(stages))
+                def weigh(n: Array, from_key: Any, width: int, *, last: bool) -> tuple[Any, Array]:
+                    """Where a part of tile n lies in shared memory, and its weights, once what was in flight has ended."""
+
+                    def part(name: str) -> Any:
+                        return smem[name].at[lax.rem(n, jnp.int32(stages)), pl.ds(from_key, width)]
 
                     def score(acc: Any) -> Array:
-                        plgpu.wgmma(acc, q_smem, smem["k"].at[slot].transpose((1, 0)))
+                        plgpu.wgmma(acc, q_smem, part("k").transpose((1, 0)))
                         return acc[...]  # waits for this product, and for O += w V of the tile before
 
+                    scores = pl.run_scoped(score, plgpu.ACC((tiles.ROWS, width), jnp.float32))
+                    return part, power(decayed(scores, n, part, last), call.deg)
+
+                def whole_tile(n: Array, norm: Array) -> Array:
+                    slot = lax.rem(n, jnp.int32(stages))
                     plgpu.barrier_wait(smem["k_full"].at[slot])
-                    scores = pl.run_scoped(score, plgpu.ACC((tiles.ROWS, keys), jnp.float32))
+                    part, weights = weigh(n, 0, keys, last=False)
 
                     @pl.when(n > 0)
                     def _() -> None:
-                        plgpu.barrier_arrive(smem["v_empty"].at[lax.rem(n + (stages - 1), jnp.int32(stages))])
+                        plgpu.barrier_arrive(smem["v_empty"].at[next_slot(n, stages - 1, stages)])
 
-                    weights = power(decayed(scores, n, slot, last), call.deg)
                     plgpu.barrier_arrive(smem["k_empty"].at[slot])
-                    if last and call.causal:
-                        rows = plgpu.broadcasted_iota(jnp.int32, (tiles.ROWS, keys), 0, layout=plgpu.Layout.WGMMA)
-                        columns = plgpu.broadcasted_iota(jnp.int32, (tiles.ROWS, keys), 1, layout=plgpu.Layout.WGMMA)
-                        weights = jnp.where(columns + (n * keys - first) <= rows, weights, 0.0)
+                    norm += weights.sum(1)
                     rounded = weights.astype(dtype)
                     plgpu.barrier_wait(smem["v_full"].at[slot])
-                    plgpu.wgmma(out, rounded, smem["v"].at[slot])
-                    added = weights.sum(1)
-                    # In a row's last tile the mean is taken with the rounded weights, so that a row that sees one key gets
-                    # just its v. (With many keys, and so in all other tiles, the roundings cancel by themselves.)
-                    return norm + added, (norm + rounded.astype(jnp.float32).sum(1) if last else norm)
+                    plgpu.wgmma(out, rounded, part("v"))
+                    return norm
+
+                def half_tile(n: Array, from_key: Any, norm: Array, mean: Array, *, masked: bool) -> tuple[Array, Array]:
+                    """Half of a row's last tile, on the diagonal if `masked`.
+
+                    Here the mean is taken with the rounded weights, so that a row that sees one key gets just its v. (With
+                    many keys, and so in all other tiles, the roundings cancel by themselves.)
+                    """
+                    part, weights = weigh(n, from_key, tiles.ROWS, last=True)
+                    if masked:
+                        row = plgpu.broadcasted_iota(jnp.int32, weights.shape, 0, layout=plgpu.Layout.WGMMA)
+                        column = plgpu.broadcasted_iota(jnp.int32, weights.shape, 1, layout=plgpu.Layout.WGMMA)
+                        weights = jnp.where(column <= row, weights, 0.0)
+                    rounded = weights.astype(dtype)
+                    norm, mean = norm + weights.sum(1), mean + rounded.astype(jnp.float32).sum(1)
+                    plgpu.wgmma(out, rounded, part("v"))
+                    return norm, mean
 
                 zeros = plgpu.layout_cast(jnp.zeros((tiles.ROWS,), jnp.float32), ROW)
-                norm = lax.fori_loop(0, mine - 1, lambda n, norm: attend_tile(n, norm, last=False)[0], zeros)
-                norm, mean = attend_tile(mine - 1, norm, last=True)
-                return norm, mean, out[...]
+                last = mine - 1
+                norm = mean = lax.fori_loop(0, last, whole_tile, zeros)
+                slot = lax.rem(last, jnp.int32(stages))
+                plgpu.barrier_wait(smem["k_full"].at[slot])
+                plgpu.barrier_wait(smem["v_full"].at[slot])
+                diagonal = lax.rem(first, jnp.int32(keys)) if call.causal else tiles.ROWS
+                norm, mean = lax.fori_loop(
+                    0, lax.div(diagonal, tiles.ROWS), lambda i, x: half_tile(last, i * tiles.ROWS, *x, masked=False), (norm, mean)
+                )
+                norm, mean = half_tile(last, diagonal, norm, mean, masked=call.causal)
+                out = out[...]
+
+                @pl.when(last > 0)
+                def _() -> None:
+                    plgpu.barrier_arrive(smem["v_empty"].at[next_slot(last, stages - 1, stages)])
+
+                plgpu.barrier_arrive(smem["k_empty"].at[slot])
+                plgpu.barrier_arrive(smem["v_empty"].at[slot])
+                return norm, mean, out
 
             norm, mean, out = pl.run_scoped(sums, plgpu.ACC((tiles.ROWS, e), jnp.float32))
-            plgpu.barrier_arrive(smem["v_empty"].at[lax.rem(mine - 1, jnp.int32(stages))])
 
             @pl.loop(mine, seen)
             def _skip(n: Array) -> None:  # tiles that only later rows of the block see
