@@ -148,13 +148,18 @@ def differentiate_queries(
                 growth = jnp.exp2(row_gate)
                 start = [gates_gmem.edges[batch, head_kv, 4 * row_block + i] for i in range(2)]
 
-            def decay(n: Array, slot: Array, same_block: bool) -> Array | None:
-                """The p-th root of the gates between row and key."""
-                if gates_gmem is None:
-                    return None
-                if same_block:
+            def before_row(n: Array, least: int) -> Array:
+                """Whether a key of tile n comes at least `least` tokens before a row."""
+                key = plgpu.broadcasted_iota(jnp.int32, (tiles.ROWS, keys), 1, layout=plgpu.Layout.WGMMA)
+                row = plgpu.broadcasted_iota(jnp.int32, (tiles.ROWS,), 0, layout=ROW)
+                return key <= spread_rows(row + (first - n * keys - least), keys)
+
+            def decay(n: Array, slot: Array, edge: bool) -> Array:
+                """The p-th root of the gates between row and key; 0 where the key comes after the row."""
+                if edge:
                     key_gate = compat.load(smem["sum"].at[slot], COLUMN)
-                    return jnp.exp2(spread_rows(row_gate, keys) - spread_columns(key_gate, tiles.ROWS))
+                    root = jnp.exp2(spread_rows(row_gate, keys) - spread_columns(key_gate, tiles.ROWS))
+                    return jnp.where(before_row(n, 0), root, 0.0)
                 block = lax.div(n, jnp.int32(gate_tiles))
                 end = [gates_gmem.edges[batch, head_kv, 4 * block + 2 + i] for i in range(2)]
                 between = growth * jnp.exp2((start[0] - end[0]) + (start[1] - end[1]))
@@ -179,25 +184,20 @@ def differentiate_queries(
                     def _() -> None:
                         plgpu.barrier_arrive(smem["kv_empty"].at[next_slot(n, stages - 1, stages)])
 
-                    gate = decay(n, slot, edge)
+                    gate = None if gates_gmem is None else decay(n, slot, edge)
                     u = score if gate is None else score * gate
                     u = u if of_head is None else u * of_head
-                    keep = None
-                    if edge and call.causal:
-                        row = plgpu.broadcasted_iota(jnp.int32, (tiles.ROWS, keys), 0, layout=plgpu.Layout.WGMMA)
-                        column = plgpu.broadcasted_iota(jnp.int32, (tiles.ROWS, keys), 1, layout=plgpu.Layout.WGMMA)
-                        distance = row - column + (first - n * keys)
-                        keep = distance >= 0
-                    if gates_gmem is not None or (edge and call.normalize):
+                    masked = edge and call.causal and gate is None
+                    if masked:
+                        u = jnp.where(before_row(n, 0), u, 0.0)
+                    if gate is not None or (edge and call.normalize):
                         weight = power(u, call.deg)
-                        if keep is not None:
-                            weight = jnp.where(keep, weight, 0.0)
                         product = weight * (dweight - spread_rows(delta, keys))
-                        if keep is not None and gates_gmem is not None:
-                            diagonal = distance == 0
-                            itself = itself + jnp.where(diagonal, product, 0.0).sum(1)
-                            own = own + jnp.where(diagonal, weight, 0.0).sum(1)
-                        before = before + product.sum(1)
+                        if edge and gate is not None:
+                            earlier = before_row(n, 1)
+                            itself += jnp.where(earlier, 0.0, product).sum(1)
+                            own += jnp.where(earlier, 0.0, weight).sum(1)
+                        before += product.sum(1)
                     if edge and call.normalize:
                         # Σ_j w_ij (dp_ij − δ_i) should be 0, and is the error that δ has from the rounding of y. Rows that see
                         # few keys feel it: without gates those of the first tile; with gates any, but then what they see is
@@ -209,8 +209,8 @@ def differentiate_queries(
                     dscore = dscore if lower is None else dscore * lower
                     # u carries the gates' p-th root, so u^(p−1) lacks one more of it; the scale of the head belongs to c_i.
                     dscore = dscore if gate is None else dscore * gate
-                    if keep is not None:
-                        dscore = jnp.where(keep, dscore, 0.0)
+                    if masked and lower is None:
+                        dscore = jnp.where(before_row(n, 0), dscore, 0.0)
                     if packing is not None:
                         dscore = jnp.clip(dscore * spread_rows(packing, keys), -65504.0, 65504.0)
                     plgpu.wgmma(dq, dscore.astype(dtype), smem["k"].at[slot])
@@ -351,62 +351,71 @@ def differentiate_keys(
             zeros = plgpu.layout_cast(jnp.zeros((tiles.ROWS,), jnp.float32), ROW)
             pack = None if ranges_gmem is None else [ref[batch, head_kv] for ref in (ranges_gmem.weight, ranges_gmem.dscore)]
 
-            def coefficients(slot: Array, m: Array, same_block: bool) -> Array:
-                """a_ij of a tile, keys down and queries across."""
-                alpha = compat.load(smem["alpha"].at[slot], COLUMN)
+            def after(m: Array, least: int) -> Array:
+                """Whether a query of tile m comes at least `least` tokens after a key."""
+                query = plgpu.broadcasted_iota(jnp.int32, (tiles.ROWS, width), 1, layout=plgpu.Layout.WGMMA)
+                key = plgpu.broadcasted_iota(jnp.int32, (tiles.ROWS,), 0, layout=ROW)
+                return query >= spread_rows(key + (least + first - m * width), width)
+
+            def coefficients(slot: Array, m: Array, edge: bool) -> Array:
+                """a_ij of a tile, keys down and queries across; 0 where the query comes before the key."""
+                a = compat.load(smem["alpha"].at[slot], COLUMN)
                 if gates_gmem is None:
-                    return spread_columns(alpha, tiles.ROWS)
-                query_gate = compat.load(smem["sum"].at[slot], COLUMN)
-                if same_block:
-                    key_gate = compat.load(vector_smem.at[0], ROW)
-                    root = jnp.exp2(spread_columns(query_gate, tiles.ROWS) - spread_rows(key_gate, width))
-                    return root * spread_columns(alpha, tiles.ROWS)
-                blocks = lax.div(m * width, jnp.int32(tiles.GATE_BLOCK)), lax.div(first, jnp.int32(tiles.GATE_BLOCK))
-                start = [gates_gmem.edges[batch, head_kv, 4 * blocks[0] + i] for i in range(2)]
-                end = [gates_gmem.edges[batch, head_kv, 4 * blocks[1] + 2 + i] for i in range(2)]
-                rest = compat.load(vector_smem.at[1], ROW) * jnp.exp2((start[0] - end[0]) + (start[1] - end[1]))
-                return spread_rows(rest, width) * spread_columns(alpha * jnp.exp2(query_gate), tiles.ROWS)
+                    a = spread_columns(a, tiles.ROWS)
+                else:
+                    query_gate = compat.load(smem["sum"].at[slot], COLUMN)
+                    if edge:
+                        key_gate = compat.load(vector_smem.at[0], ROW)
+                        root = jnp.exp2(spread_columns(query_gate, tiles.ROWS) - spread_rows(key_gate, width))
+                        a = root * spread_columns(a, tiles.ROWS)
+                    else:
+                        blocks = lax.div(m * width, jnp.int32(tiles.GATE_BLOCK)), lax.div(first, jnp.int32(tiles.GATE_BLOCK))
+                        start = [gates_gmem.edges[batch, head_kv, 4 * blocks[0] + i] for i in range(2)]
+                        end = [gates_gmem.edges[batch, head_kv, 4 * blocks[1] + 2 + i] for i in range(2)]
+                        rest = compat.load(vector_smem.at[1], ROW) * jnp.exp2((start[0] - end[0]) + (start[1] - end[1]))
+                        a = spread_rows(rest, width) * spread_columns(a * jnp.exp2(query_gate), tiles.ROWS)
+                return jnp.where(after(m, 0), a, 0.0) if edge and call.causal else a
 
             def sums(dk: Any, dv: Any) -> tuple[Array, Array, Array]:
                 def tile_of_queries(m: Array, column_sum: Array, member: Array, *, edge: bool) -> Array:
                     n = member * count + m
                     slot = lax.rem(n, jnp.int32(stages))
 
-                    def products(s: Any, dp: Any) -> tuple[Array, Array]:
-                        plgpu.wgmma(s, k_smem, smem["q"].at[slot].transpose((1, 0)))
-                        plgpu.wgmma(dp, v_smem, smem["dy"].at[slot].transpose((1, 0)))
-                        return s[...], dp[...]  # waits for both, and for the sums of the tile before
+                    queries_smem, dy_smem = smem["q"].at[slot], smem["dy"].at[slot]
+                    acc = plgpu.ACC((tiles.ROWS, width), jnp.float32)
+
+                    def scores(s: Any) -> Array:
+                        plgpu.wgmma(s, k_smem, queries_smem.transpose((1, 0)))
+                        return s[...]  # waits for it, and for the sums of the tile before
 
                     plgpu.barrier_wait(smem["q_full"].at[slot])
-                    acc = plgpu.ACC((tiles.ROWS, width), jnp.float32)
-                    score, dweight = pl.run_scoped(products, acc, acc)
+                    score = pl.run_scoped(scores, acc)
 
                     @pl.when(n > 0)
                     def _() -> None:
                         plgpu.barrier_arrive(smem["q_empty"].at[next_slot(n, stages - 1, stages)])
 
-                    a = coefficients(slot, from_tile + m, edge)
-                    delta = spread_columns(compat.load(smem["delta"].at[slot], COLUMN), tiles.ROWS)
-                    u = a * score
+                    u = coefficients(slot, from_tile + m, edge) * score
                     lower = power(u, call.deg - 1) if call.deg > 1 else None
                     weight = u if lower is None else lower * u
-                    moved = dweight - delta
-                    dscore = a * moved if lower is None else lower * (a * moved)
-                    if edge and call.causal:
-                        key = plgpu.broadcasted_iota(jnp.int32, (tiles.ROWS, width), 0, layout=plgpu.Layout.WGMMA)
-                        query = plgpu.broadcasted_iota(jnp.int32, (tiles.ROWS, width), 1, layout=plgpu.Layout.WGMMA)
-                        distance = query - key + ((from_tile + m) * width - first)
-                        weight = jnp.where(distance >= 0, weight, 0.0)
-                        dscore = jnp.where(distance >= 0, dscore, 0.0)
+                    rounded = weight if pack is None else jnp.clip(weight * pack[0], -65504.0, 65504.0)
+                    rounded = rounded.astype(dtype)
+
+                    def dweights(dp: Any) -> Array:
+                        plgpu.wgmma(dp, v_smem, dy_smem.transpose((1, 0)))
+                        plgpu.wgmma(dv, rounded, dy_smem)
+                        return dp[...]
+
+                    moved = pl.run_scoped(dweights, acc) - spread_columns(compat.load(smem["delta"].at[slot], COLUMN), tiles.ROWS)
+                    dscore = coefficients(slot, from_tile + m, edge) * moved
+                    dscore = dscore if lower is None else lower * dscore
                     if gates_gmem is not None:
                         product = weight * moved
-                        column_sum = column_sum + (jnp.where(distance > 0, product, 0.0) if edge else product).sum(1)
+                        product = jnp.where(after(from_tile + m, 1), product, 0.0) if edge else product
+                        column_sum += product.sum(1)
                     if pack is not None:
-                        weight, dscore = (
-                            jnp.clip(x * factor, -65504.0, 65504.0) for x, factor in zip((weight, dscore), pack, strict=True)
-                        )
-                    plgpu.wgmma(dv, weight.astype(dtype), smem["dy"].at[slot])
-                    plgpu.wgmma(dk, dscore.astype(dtype), smem["q"].at[slot])
+                        dscore = jnp.clip(dscore * pack[1], -65504.0, 65504.0)
+                    plgpu.wgmma(dk, dscore.astype(dtype), queries_smem)
                     return column_sum
 
                 def head(member: Array, column_sum: Array) -> Array:
