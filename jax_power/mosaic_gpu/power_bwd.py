@@ -332,7 +332,9 @@ def differentiate_keys(
                     plgpu.copy_gmem_to_smem(alpha_gmem.at[of_queries], smem["alpha"].at[slot], full)
                     plgpu.copy_gmem_to_smem(delta_gmem.at[of_queries], smem["delta"].at[slot], full)
                     if gates_gmem is not None:
-                        plgpu.copy_gmem_to_smem(gates_gmem.sum.at[batch, head_kv, pl.ds(first, width)], smem["sum"].at[slot], full)
+                        plgpu.copy_gmem_to_smem(
+                            gates_gmem.sum.at[batch, head_kv, pl.ds(first, width)], smem["sum"].at[slot], full
+                        )
 
         @pl.when(warpgroup < tile.groups)
         def _consume() -> None:
@@ -406,7 +408,9 @@ def differentiate_keys(
                         plgpu.wgmma(dv, rounded, dy_smem)
                         return dp[...]
 
-                    moved = pl.run_scoped(dweights, acc) - spread_columns(compat.load(smem["delta"].at[slot], COLUMN), tiles.ROWS)
+                    moved = pl.run_scoped(dweights, acc) - spread_columns(
+                        compat.load(smem["delta"].at[slot], COLUMN), tiles.ROWS
+                    )
                     dscore = coefficients(slot, from_tile + m, edge) * moved
                     dscore = dscore if lower is None else lower * dscore
                     if gates_gmem is not None:
@@ -421,9 +425,7 @@ def differentiate_keys(
                 def head(member: Array, column_sum: Array) -> Array:
                     # The block's own queries, which come before some of its keys, or share their block of gates.
                     edges = jnp.minimum(count, block_keys // width) if call.causal else jnp.int32(0)
-                    edge, inside = (
-                        lambda m, x, edge=edge: tile_of_queries(m, x, member, edge=edge) for edge in (True, False)
-                    )
+                    edge, inside = (lambda m, x, edge=edge: tile_of_queries(m, x, member, edge=edge) for edge in (True, False))
                     column_sum = lax.fori_loop(0, edges, edge, column_sum)
                     return lax.fori_loop(edges, count, inside, column_sum)
 

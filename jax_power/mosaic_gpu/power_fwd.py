@@ -116,23 +116,25 @@ def attend(call: spec.PowerCall, q: Array, k: Array, v: Array, gates: Gates | No
                 return scores if of_head is None else scores * of_head
 
             def sums(out: Any) -> tuple[Array, Array, Array]:
-                def weigh(n: Array, from_key: Any, width: int, *, last: bool) -> tuple[Any, Array]:
-                    """Where a part of tile n lies in shared memory, and its weights, once what was in flight has ended."""
+                def weigh(n: Array, half: Array | None = None) -> tuple[Any, Array]:
+                    """Where tile n or one of its halves lies in shared memory, and its weights; ends what was in flight."""
+                    width = keys if half is None else tiles.ROWS
 
                     def part(name: str) -> Any:
-                        return smem[name].at[lax.rem(n, jnp.int32(stages)), pl.ds(from_key, width)]
+                        tile_smem = smem[name].at[lax.rem(n, jnp.int32(stages))]
+                        return tile_smem if half is None else tile_smem.at[pl.ds(pl.multiple_of(half * width, width), width)]
 
                     def score(acc: Any) -> Array:
                         plgpu.wgmma(acc, q_smem, part("k").transpose((1, 0)))
                         return acc[...]  # waits for this product, and for O += w V of the tile before
 
                     scores = pl.run_scoped(score, plgpu.ACC((tiles.ROWS, width), jnp.float32))
-                    return part, power(decayed(scores, n, part, last), call.deg)
+                    return part, power(decayed(scores, n, part, half is not None), call.deg)
 
                 def whole_tile(n: Array, norm: Array) -> Array:
                     slot = lax.rem(n, jnp.int32(stages))
                     plgpu.barrier_wait(smem["k_full"].at[slot])
-                    part, weights = weigh(n, 0, keys, last=False)
+                    part, weights = weigh(n)
 
                     @pl.when(n > 0)
                     def _() -> None:
@@ -145,13 +147,13 @@ def attend(call: spec.PowerCall, q: Array, k: Array, v: Array, gates: Gates | No
                     plgpu.wgmma(out, rounded, part("v"))
                     return norm
 
-                def half_tile(n: Array, from_key: Any, norm: Array, mean: Array, *, masked: bool) -> tuple[Array, Array]:
+                def half_tile(n: Array, half: Array, norm: Array, mean: Array, *, masked: bool) -> tuple[Array, Array]:
                     """Half of a row's last tile, on the diagonal if `masked`.
 
                     Here the mean is taken with the rounded weights, so that a row that sees one key gets just its v. (With
                     many keys, and so in all other tiles, the roundings cancel by themselves.)
                     """
-                    part, weights = weigh(n, from_key, tiles.ROWS, last=True)
+                    part, weights = weigh(n, half)
                     if masked:
                         row = plgpu.broadcasted_iota(jnp.int32, weights.shape, 0, layout=plgpu.Layout.WGMMA)
                         column = plgpu.broadcasted_iota(jnp.int32, weights.shape, 1, layout=plgpu.Layout.WGMMA)
@@ -167,11 +169,12 @@ def attend(call: spec.PowerCall, q: Array, k: Array, v: Array, gates: Gates | No
                 slot = lax.rem(last, jnp.int32(stages))
                 plgpu.barrier_wait(smem["k_full"].at[slot])
                 plgpu.barrier_wait(smem["v_full"].at[slot])
-                diagonal = lax.rem(first, jnp.int32(keys)) if call.causal else tiles.ROWS
+                whole_halves = lax.div(lax.rem(first, jnp.int32(keys)), tiles.ROWS) if call.causal else keys // tiles.ROWS
                 norm, mean = lax.fori_loop(
-                    0, lax.div(diagonal, tiles.ROWS), lambda i, x: half_tile(last, i * tiles.ROWS, *x, masked=False), (norm, mean)
+                    0, whole_halves, lambda half, x: half_tile(last, half, *x, masked=False), (norm, mean)
                 )
-                norm, mean = half_tile(last, diagonal, norm, mean, masked=call.causal)
+                if call.causal:
+                    norm, mean = half_tile(last, whole_halves, norm, mean, masked=True)
                 out = out[...]
 
                 @pl.when(last > 0)
