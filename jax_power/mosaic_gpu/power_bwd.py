@@ -148,84 +148,108 @@ def differentiate_queries(
                 growth = jnp.exp2(row_gate)
                 start = [gates_gmem.edges[batch, head_kv, 4 * row_block + i] for i in range(2)]
 
-            def before_row(n: Array, least: int) -> Array:
-                """Whether a key of tile n comes at least `least` tokens before a row."""
-                key = plgpu.broadcasted_iota(jnp.int32, (tiles.ROWS, keys), 1, layout=plgpu.Layout.WGMMA)
-                row = plgpu.broadcasted_iota(jnp.int32, (tiles.ROWS,), 0, layout=ROW)
-                return key <= spread_rows(row + (first - n * keys - least), keys)
+            def before_row(piece: Array, least: int) -> Array:
+                """Whether a key of a piece comes at least `least` tokens before a row."""
+                shape = tiles.ROWS, tiles.ROWS
+                key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+                row = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROW)
+                return key <= spread_rows(row + (first - piece * tiles.ROWS - least), tiles.ROWS)
 
-            def decay(n: Array, slot: Array, edge: bool) -> Array:
+            def decay(n: Array, part: Any, piece: Array | None) -> Array:
                 """The p-th root of the gates between row and key; 0 where the key comes after the row."""
-                if edge:
-                    key_gate = compat.load(smem["sum"].at[slot], COLUMN)
-                    root = jnp.exp2(spread_rows(row_gate, keys) - spread_columns(key_gate, tiles.ROWS))
-                    return jnp.where(before_row(n, 0), root, 0.0)
+                if piece is not None:
+                    root = jnp.exp2(spread_rows(row_gate, tiles.ROWS) - spread_columns(compat.load(part("sum"), COLUMN), tiles.ROWS))
+                    return jnp.where(before_row(piece, 0), root, 0.0)
                 block = lax.div(n, jnp.int32(gate_tiles))
                 end = [gates_gmem.edges[batch, head_kv, 4 * block + 2 + i] for i in range(2)]
                 between = growth * jnp.exp2((start[0] - end[0]) + (start[1] - end[1]))
-                rest = compat.load(smem["rest"].at[slot], COLUMN)
-                return spread_rows(between, keys) * spread_columns(rest, tiles.ROWS)
+                return spread_rows(between, keys) * spread_columns(compat.load(part("rest"), COLUMN), tiles.ROWS)
 
             def sums(dq: Any) -> tuple[Array, ...]:
-                def tile_of_keys(n: Array, carry: tuple[Array, ...], *, edge: bool) -> tuple[Array, ...]:
-                    slot = lax.rem(n, jnp.int32(stages))
+                def accumulate(n: Array, carry: tuple[Array, ...], piece: Array | None = None) -> tuple[Array, ...]:
+                    """dQ += dS K for tile n, or for one of the pieces of 64 keys of a tile on the diagonal."""
                     delta, before, itself, own = carry
+                    width = keys if piece is None else tiles.ROWS
 
-                    def products(s: Any, dp: Any) -> tuple[Array, Array]:
-                        plgpu.wgmma(s, q_smem, smem["k"].at[slot].transpose((1, 0)))
-                        plgpu.wgmma(dp, dy_smem, smem["v"].at[slot].transpose((1, 0)))
-                        return s[...], dp[...]  # waits for both, and for dQ += dS K of the tile before
+                    def part(name: str) -> Any:
+                        tile_smem = smem[name].at[lax.rem(n, jnp.int32(stages))]
+                        if width == keys:
+                            return tile_smem
+                        return tile_smem.at[pl.ds(pl.multiple_of((piece - n * pieces) * width, width), width)]
 
-                    plgpu.barrier_wait(smem["kv_full"].at[slot])
-                    acc = plgpu.ACC((tiles.ROWS, keys), jnp.float32)
-                    score, dweight = pl.run_scoped(products, acc, acc)
+                    def products(s: Any, moved: Any) -> tuple[Array, Array]:
+                        moved[...] = spread_rows(-delta, width)  # so that dP − δ is what is summed up
+                        plgpu.wgmma(s, q_smem, part("k").transpose((1, 0)))
+                        plgpu.wgmma(moved, dy_smem, part("v").transpose((1, 0)))
+                        return s[...], moved[...]  # waits for both, and for dQ += dS K of the tile before
 
-                    @pl.when(n > 0)
-                    def _() -> None:
-                        plgpu.barrier_arrive(smem["kv_empty"].at[next_slot(n, stages - 1, stages)])
-
-                    gate = None if gates_gmem is None else decay(n, slot, edge)
+                    acc = plgpu.ACC((tiles.ROWS, width), jnp.float32)
+                    score, moved = pl.run_scoped(products, acc, acc)
+                    if piece is None:
+                        release(n - 1)
+                    gate = None if gates_gmem is None else decay(n, part, piece)
                     u = score if gate is None else score * gate
                     u = u if of_head is None else u * of_head
-                    masked = edge and call.causal and gate is None
+                    masked = piece is not None and call.causal and gate is None
                     if masked:
-                        u = jnp.where(before_row(n, 0), u, 0.0)
-                    if gate is not None or (edge and call.normalize):
+                        u = jnp.where(before_row(piece, 0), u, 0.0)
+                    if gate is not None or (piece is not None and call.normalize):
                         weight = power(u, call.deg)
-                        product = weight * (dweight - spread_rows(delta, keys))
-                        if edge and gate is not None:
-                            earlier = before_row(n, 1)
+                        product = weight * moved
+                        if piece is not None and gate is not None:
+                            earlier = before_row(piece, 1)
                             itself += jnp.where(earlier, 0.0, product).sum(1)
                             own += jnp.where(earlier, 0.0, weight).sum(1)
                         before += product.sum(1)
-                    if edge and call.normalize:
+                    if piece is not None and call.normalize:
                         # Σ_j w_ij (dp_ij − δ_i) should be 0, and is the error that δ has from the rounding of y. Rows that see
-                        # few keys feel it: without gates those of the first tile; with gates any, but then what they see is
-                        # mostly in their last tile.
-                        corrects = n == mine - 1 if gates_gmem is not None else mine == 1
-                        delta = delta + before * inverse * jnp.where(corrects, 1.0, 0.0)
+                        # few keys feel it: without gates those of the first piece; with gates any, but then what they see is
+                        # mostly in their last piece.
+                        corrects = (piece == last_piece) if gate is not None else (last_piece == 0)
+                        error = before * inverse * jnp.where(corrects, 1.0, 0.0)
+                        delta, moved = delta + error, moved - spread_rows(error, width)
                     lower = power(u, call.deg - 1) if call.deg > 1 else None
-                    dscore = dweight - spread_rows(delta, keys)
-                    dscore = dscore if lower is None else dscore * lower
+                    dscore = moved if lower is None else moved * lower
                     # u carries the gates' p-th root, so u^(p−1) lacks one more of it; the scale of the head belongs to c_i.
                     dscore = dscore if gate is None else dscore * gate
                     if masked and lower is None:
-                        dscore = jnp.where(before_row(n, 0), dscore, 0.0)
+                        dscore = jnp.where(before_row(piece, 0), dscore, 0.0)
                     if packing is not None:
-                        dscore = jnp.clip(dscore * spread_rows(packing, keys), -65504.0, 65504.0)
-                    plgpu.wgmma(dq, dscore.astype(dtype), smem["k"].at[slot])
+                        dscore = jnp.clip(dscore * spread_rows(packing, width), -65504.0, 65504.0)
+                    plgpu.wgmma(dq, dscore.astype(dtype), part("k"))
                     return delta, before, itself, own
 
-                carry = delta, zeros, zeros, zeros
-                edges = mine - 1
+                def release(n: Array) -> None:
+                    @pl.when(n >= 0)
+                    def _() -> None:
+                        plgpu.barrier_arrive(smem["kv_empty"].at[next_slot(n, stages, stages)])
+
+                def wait(n: Array) -> None:
+                    plgpu.barrier_wait(smem["kv_full"].at[lax.rem(n, jnp.int32(stages))])
+
+                def whole_tile(n: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+                    wait(n)
+                    return accumulate(n, carry)
+
+                def edge_tile(n: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+                    wait(n)
+                    plgpu.wgmma_wait(0)
+                    release(n - 1)
+                    to = jnp.minimum((n + 1) * pieces, last_piece + 1)
+                    return lax.fori_loop(n * pieces, to, lambda piece, carry: accumulate(n, carry, piece), carry)
+
+                pieces = keys // tiles.ROWS
+                last_piece = lax.div(first, jnp.int32(tiles.ROWS)) if call.causal else jnp.int32(pl.cdiv(call.t_kv, tiles.ROWS) - 1)
+                edge = mine - 1
                 if gates_gmem is not None:  # tiles in the rows' own block of gates
-                    edges = lax.div(first, jnp.int32(tiles.GATE_BLOCK)) * gate_tiles
-                carry = lax.fori_loop(0, edges, lambda n, carry: tile_of_keys(n, carry, edge=False), carry)
-                carry = lax.fori_loop(edges, mine, lambda n, carry: tile_of_keys(n, carry, edge=True), carry)
-                return *carry, dq[...]
+                    edge = lax.div(first, jnp.int32(tiles.GATE_BLOCK)) * gate_tiles
+                carry = lax.fori_loop(0, edge, whole_tile, (delta, zeros, zeros, zeros))
+                carry = lax.fori_loop(edge, mine, edge_tile, carry)
+                dq = dq[...]
+                release(mine - 1)
+                return *carry, dq
 
             delta, before, itself, own, dq = pl.run_scoped(sums, plgpu.ACC((tiles.ROWS, d), jnp.float32))
-            plgpu.barrier_arrive(smem["kv_empty"].at[next_slot(mine, stages - 1, stages)])
 
             @pl.loop(mine, seen)
             def _skip(n: Array) -> None:  # tiles that only later rows of the block see
@@ -403,14 +427,14 @@ def differentiate_keys(
                     rounded = weight if pack is None else jnp.clip(weight * pack[0], -65504.0, 65504.0)
                     rounded = rounded.astype(dtype)
 
-                    def dweights(dp: Any) -> Array:
-                        plgpu.wgmma(dp, v_smem, dy_smem.transpose((1, 0)))
+                    def dweights(moved: Any) -> Array:
+                        delta = compat.load(smem["delta"].at[slot], COLUMN)
+                        moved[...] = spread_columns(-delta, tiles.ROWS)  # so that dP − δ is what is summed up
+                        plgpu.wgmma(moved, v_smem, dy_smem.transpose((1, 0)))
                         plgpu.wgmma(dv, rounded, dy_smem)
-                        return dp[...]
+                        return moved[...]
 
-                    moved = pl.run_scoped(dweights, acc) - spread_columns(
-                        compat.load(smem["delta"].at[slot], COLUMN), tiles.ROWS
-                    )
+                    moved = pl.run_scoped(dweights, acc)
                     dscore = coefficients(slot, from_tile + m, edge) * moved
                     dscore = dscore if lower is None else lower * dscore
                     if gates_gmem is not None:

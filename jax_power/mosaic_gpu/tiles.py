@@ -55,7 +55,7 @@ def backward_q(d: int, e: int, *, gates: bool) -> Backward:
     """Row of the table for dq, for padded head sizes d and e."""
     if d == 64 and e == 64 and not gates:
         # S, dP, dQ and dS are 64 + 64 + 32 + 32 registers; wider tiles load less from shared memory.
-        return Backward(groups=2, width=64, stages=6, consumer_registers=240, producer_registers=24)
+        return Backward(groups=2, width=128, stages=4, consumer_registers=240, producer_registers=24)
     # Gates need the registers of wider tiles, and so does a dQ of 128 columns; 3 stages are all of shared memory at d = 128.
     return Backward(groups=2, width=64, stages=6 if d + e == 128 else 3, consumer_registers=240, producer_registers=24)
 
