@@ -20,7 +20,6 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
@@ -176,6 +175,23 @@ class Deck:
 def _divide(n: Array, by: int) -> tuple[Array, Array]:
     quotient = lax.div(n, jnp.int32(by))
     return quotient, n - quotient * by
+
+
+def allocate(
+    kernel: str, dtype: Any, operands: dict[str, tuple[int, ...]], vectors: dict[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """Shared memory for operands of products, in `dtype`, and for float32 vectors, by name; raises if it cannot fit."""
+    tiles.check_smem(kernel, {name: (shape, 2) for name, shape in operands.items()} | {
+        name: (shape, 4) for name, shape in vectors.items()
+    })  # fmt: skip
+    return {name: plgpu.SMEM(shape, dtype, transforms=OPERAND) for name, shape in operands.items()} | {
+        name: plgpu.SMEM(shape, jnp.float32) for name, shape in vectors.items()
+    }
+
+
+def start(acc: Any, value: Array) -> None:
+    """Have an accumulator start from `value`, which costs no more than starting it from 0."""
+    acc[...] = value
 
 
 def power(x: Array, deg: int) -> Array:

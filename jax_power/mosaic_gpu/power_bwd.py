@@ -24,11 +24,11 @@ from bridge import spec
 from jax_power.mosaic_gpu import compat, tiles
 from jax_power.mosaic_gpu.attention_common import (
     COLUMN,
-    OPERAND,
     ROW,
     Deck,
     Gates,
     Ranges,
+    allocate,
     inverse_root,
     next_slot,
     packed,
@@ -38,8 +38,8 @@ from jax_power.mosaic_gpu.attention_common import (
     score_bits,
     spread_columns,
     spread_rows,
+    start,
 )
-
 
 # Rows of a block of either kernel: what vectors of queries are filled up to.
 BLOCK = 2 * tiles.ROWS
@@ -146,7 +146,7 @@ def differentiate_queries(
                 row_gate = compat.load(vector_smem.at[1], ROW)
                 row_block = lax.div(first, jnp.int32(tiles.GATE_BLOCK))
                 growth = jnp.exp2(row_gate)
-                start = [gates_gmem.edges[batch, head_kv, 4 * row_block + i] for i in range(2)]
+                row_start = [gates_gmem.edges[batch, head_kv, 4 * row_block + i] for i in range(2)]
 
             def before_row(piece: Array, least: int) -> Array:
                 """Whether a key of a piece comes at least `least` tokens before a row."""
@@ -158,11 +158,13 @@ def differentiate_queries(
             def decay(n: Array, part: Any, piece: Array | None) -> Array:
                 """The p-th root of the gates between row and key; 0 where the key comes after the row."""
                 if piece is not None:
-                    root = jnp.exp2(spread_rows(row_gate, tiles.ROWS) - spread_columns(compat.load(part("sum"), COLUMN), tiles.ROWS))
+                    root = jnp.exp2(
+                        spread_rows(row_gate, tiles.ROWS) - spread_columns(compat.load(part("sum"), COLUMN), tiles.ROWS)
+                    )
                     return jnp.where(before_row(piece, 0), root, 0.0)
                 block = lax.div(n, jnp.int32(gate_tiles))
                 end = [gates_gmem.edges[batch, head_kv, 4 * block + 2 + i] for i in range(2)]
-                between = growth * jnp.exp2((start[0] - end[0]) + (start[1] - end[1]))
+                between = growth * jnp.exp2((row_start[0] - end[0]) + (row_start[1] - end[1]))
                 return spread_rows(between, keys) * spread_columns(compat.load(part("rest"), COLUMN), tiles.ROWS)
 
             def sums(dq: Any) -> tuple[Array, ...]:
@@ -178,7 +180,7 @@ def differentiate_queries(
                         return tile_smem.at[pl.ds(pl.multiple_of((piece - n * pieces) * width, width), width)]
 
                     def products(s: Any, moved: Any) -> tuple[Array, Array]:
-                        moved[...] = spread_rows(-delta, width)  # so that dP − δ is what is summed up
+                        start(moved, spread_rows(-delta, width))  # so that dP − δ is what is summed up
                         plgpu.wgmma(s, q_smem, part("k").transpose((1, 0)))
                         plgpu.wgmma(moved, dy_smem, part("v").transpose((1, 0)))
                         return s[...], moved[...]  # waits for both, and for dQ += dS K of the tile before
@@ -239,7 +241,9 @@ def differentiate_queries(
                     return lax.fori_loop(n * pieces, to, lambda piece, carry: accumulate(n, carry, piece), carry)
 
                 pieces = keys // tiles.ROWS
-                last_piece = lax.div(first, jnp.int32(tiles.ROWS)) if call.causal else jnp.int32(pl.cdiv(call.t_kv, tiles.ROWS) - 1)
+                last_piece = (
+                    lax.div(first, jnp.int32(tiles.ROWS)) if call.causal else jnp.int32(pl.cdiv(call.t_kv, tiles.ROWS) - 1)
+                )
                 edge = mine - 1
                 if gates_gmem is not None:  # tiles in the rows' own block of gates
                     edge = lax.div(first, jnp.int32(tiles.GATE_BLOCK)) * gate_tiles
@@ -272,22 +276,16 @@ def differentiate_queries(
                 plgpu.copy_smem_to_gmem(vector_smem.at[i], target.at[batch, head, pl.ds(first, tiles.ROWS)])
             plgpu.wait_smem_to_gmem(0)
 
-    def operand(count: int, rows: int, size: int) -> Any:
-        return plgpu.SMEM((count, rows, size), dtype, transforms=OPERAND)
-
-    scratch = {
-        "q": operand(tile.groups, tiles.ROWS, d),
-        "dy": operand(tile.groups, tiles.ROWS, e),
-        "y": operand(tile.groups, tiles.ROWS, e),
-        "vectors": plgpu.SMEM((tile.groups, 3, tiles.ROWS), jnp.float32),
-        "k": operand(stages, keys, d),
-        "v": operand(stages, keys, e),
+    rows_of = (tile.groups, tiles.ROWS)
+    operands = {"q": (*rows_of, d), "dy": (*rows_of, e), "y": (*rows_of, e), "k": (stages, keys, d), "v": (stages, keys, e)}
+    vectors = {"vectors": (tile.groups, 3, tiles.ROWS)}
+    if gates is not None:
+        vectors |= {"sum": (stages, keys), "rest": (stages, keys)}
+    scratch = allocate("backward of the attention form, queries", dtype, operands, vectors) | {
         "q_full": plgpu.Barrier(num_arrivals=4 if gates is None else 5, num_barriers=tile.groups),
         "kv_full": plgpu.Barrier(num_arrivals=2 if gates is None else 4, num_barriers=stages),
         "kv_empty": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=stages),
     }
-    if gates is not None:
-        scratch |= {name: plgpu.SMEM((stages, keys), jnp.float32) for name in ("sum", "rest")}
     vector = jax.ShapeDtypeStruct((call.b, call.h_q, row_tiles * block_rows), jnp.float32)
     run = compat.kernel(
         body,
@@ -396,9 +394,11 @@ def differentiate_keys(
                         a = root * spread_columns(a, tiles.ROWS)
                     else:
                         blocks = lax.div(m * width, jnp.int32(tiles.GATE_BLOCK)), lax.div(first, jnp.int32(tiles.GATE_BLOCK))
-                        start = [gates_gmem.edges[batch, head_kv, 4 * blocks[0] + i] for i in range(2)]
+                        query_start = [gates_gmem.edges[batch, head_kv, 4 * blocks[0] + i] for i in range(2)]
                         end = [gates_gmem.edges[batch, head_kv, 4 * blocks[1] + 2 + i] for i in range(2)]
-                        rest = compat.load(vector_smem.at[1], ROW) * jnp.exp2((start[0] - end[0]) + (start[1] - end[1]))
+                        rest = compat.load(vector_smem.at[1], ROW) * jnp.exp2(
+                            (query_start[0] - end[0]) + (query_start[1] - end[1])
+                        )
                         a = spread_rows(rest, width) * spread_columns(a * jnp.exp2(query_gate), tiles.ROWS)
                 return jnp.where(after(m, 0), a, 0.0) if edge and call.causal else a
 
@@ -429,7 +429,7 @@ def differentiate_keys(
 
                     def dweights(moved: Any) -> Array:
                         delta = compat.load(smem["delta"].at[slot], COLUMN)
-                        moved[...] = spread_columns(-delta, tiles.ROWS)  # so that dP − δ is what is summed up
+                        start(moved, spread_columns(-delta, tiles.ROWS))  # so that dP − δ is what is summed up
                         plgpu.wgmma(moved, v_smem, dy_smem.transpose((1, 0)))
                         plgpu.wgmma(dv, rounded, dy_smem)
                         return moved[...]
@@ -474,23 +474,16 @@ def differentiate_keys(
                 plgpu.copy_smem_to_gmem(vector_smem.at[0], column_sum_gmem.at[batch, head_kv, pl.ds(first, tiles.ROWS)])
             plgpu.wait_smem_to_gmem(0)
 
-    def operand(count: int, rows: int, size: int) -> Any:
-        return plgpu.SMEM((count, rows, size), dtype, transforms=OPERAND)
-
-    scratch = {
-        "k": operand(tile.groups, tiles.ROWS, d),
-        "v": operand(tile.groups, tiles.ROWS, e),
-        "vectors": plgpu.SMEM((tile.groups, 2, tiles.ROWS), jnp.float32),
-        "q": operand(stages, width, d),
-        "dy": operand(stages, width, e),
-        "alpha": plgpu.SMEM((stages, width), jnp.float32),
-        "delta": plgpu.SMEM((stages, width), jnp.float32),
+    rows_of = (tile.groups, tiles.ROWS)
+    operands = {"k": (*rows_of, d), "v": (*rows_of, e), "q": (stages, width, d), "dy": (stages, width, e)}
+    vectors = {"vectors": (tile.groups, 2, tiles.ROWS), "alpha": (stages, width), "delta": (stages, width)}
+    if gates is not None:
+        vectors["sum"] = (stages, width)
+    scratch = allocate("backward of the attention form, keys", dtype, operands, vectors) | {
         "kv_full": plgpu.Barrier(num_arrivals=2 if gates is None else 4, num_barriers=tile.groups),
         "q_full": plgpu.Barrier(num_arrivals=4 if gates is None else 5, num_barriers=stages),
         "q_empty": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=stages),
     }
-    if gates is not None:
-        scratch["sum"] = plgpu.SMEM((stages, width), jnp.float32)
     column_sum_type = jax.ShapeDtypeStruct((call.b, call.h_kv, key_tiles * block_keys), jnp.float32)
     run = compat.kernel(
         body,

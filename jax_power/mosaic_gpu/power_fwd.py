@@ -21,10 +21,10 @@ from bridge import spec
 from jax_power.mosaic_gpu import compat, tiles
 from jax_power.mosaic_gpu.attention_common import (
     COLUMN,
-    OPERAND,
     ROW,
     Deck,
     Gates,
+    allocate,
     next_slot,
     plain,
     power,
@@ -208,25 +208,19 @@ def attend(call: spec.PowerCall, q: Array, k: Array, v: Array, gates: Gates | No
             plgpu.copy_smem_to_gmem(smem["norm"].at[warpgroup], norm_gmem.at[batch, head, pl.ds(first, tiles.ROWS)])
             plgpu.wait_smem_to_gmem(0)
 
-    def smem(shape: tuple[int, ...], of: Any = dtype) -> Any:
-        return plgpu.SMEM(shape, of, transforms=OPERAND if of == dtype else ())
-
-    scratch = {
-        "q": smem((tile.groups, tiles.ROWS, d)),
-        "k": smem((stages, keys, d)),
-        "v": smem((stages, keys, e)),
-        "norm": smem((tile.groups, tiles.ROWS), jnp.float32),
+    operands = {"q": (tile.groups, tiles.ROWS, d), "k": (stages, keys, d), "v": (stages, keys, e)}
+    vectors = {"norm": (tile.groups, tiles.ROWS)}
+    if d != e:
+        operands["y"] = (tile.groups, tiles.ROWS, e)
+    if gates is not None:
+        vectors |= {"row_sum": (tile.groups, tiles.ROWS), "sum": (stages, keys), "rest": (stages, keys)}
+    scratch = allocate("forward of the attention form", dtype, operands, vectors) | {
         "q_full": plgpu.Barrier(num_arrivals=1 if gates is None else 2, num_barriers=tile.groups),
         "k_full": plgpu.Barrier(num_arrivals=1 if gates is None else 3, num_barriers=stages),
         "v_full": plgpu.Barrier(num_barriers=stages),
         "k_empty": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=stages),
         "v_empty": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=stages),
     }
-    if d != e:
-        scratch["y"] = smem((tile.groups, tiles.ROWS, e))
-    if gates is not None:
-        scratch |= {name: smem((stages, keys), jnp.float32) for name in ("sum", "rest")}
-        scratch["row_sum"] = smem((tile.groups, tiles.ROWS), jnp.float32)
     out_type = (
         jax.ShapeDtypeStruct((*q.shape[:3], e), dtype),
         jax.ShapeDtypeStruct((call.b, call.h_q, row_tiles * block_rows), jnp.float32),

@@ -65,8 +65,8 @@ def backward_kv(d: int, e: int) -> Backward:
     return Backward(groups=2, width=64, stages=6 if d + e == 128 else 3, consumer_registers=240, producer_registers=24)
 
 
-def check_smem(kernel: str, *arrays: tuple[tuple[int, ...], int]) -> None:
-    """Raise unless arrays of (shape, bytes an element) fit the shared memory of one block."""
-    needed = sum(-(-math.prod(shape) * size // 1024) * 1024 for shape, size in arrays)
-    if needed > SMEM_BYTES:
-        raise NotImplementedError(f"{kernel}: needs {needed} bytes of shared memory, a Hopper block has {SMEM_BYTES}")
+def check_smem(kernel: str, arrays: dict[str, tuple[tuple[int, ...], int]]) -> None:
+    """Raise unless arrays, name → (shape, bytes an element), fit the shared memory of one block."""
+    sizes = {name: -(-math.prod(shape) * size // 1024) * 1024 for name, (shape, size) in arrays.items()}
+    if sum(sizes.values()) > SMEM_BYTES:
+        raise NotImplementedError(f"{kernel}: {sizes} bytes of shared memory, and a Hopper block has {SMEM_BYTES} in all")
