@@ -9,10 +9,13 @@ import jax
 from jax import Array
 
 from bridge import spec
-from jax_power import xla
+from jax_power import mosaic_gpu, xla
 
 # Best first: the first that supports a call serves it unless one is named.
 POWER: dict[str, spec.Implementation] = {
+    "mosaic_gpu": spec.Implementation(
+        mosaic_gpu.power.forward, mosaic_gpu.power.backward, mosaic_gpu.power.supports, mosaic_gpu.power.plan, wide_output=False
+    ),
     "xla": spec.Implementation(xla.power.forward, xla.power.backward, xla.power.supports),
 }
 

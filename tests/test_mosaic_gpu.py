@@ -22,7 +22,6 @@ from jax import lax
 
 from bridge import cases, spec
 from jax_power.mosaic_gpu import attention, compat, power_bwd, tiles
-from jax_power.mosaic_gpu.attention_common import sum_gates
 
 Case = cases.Case
 
@@ -131,7 +130,7 @@ INTERPRETED = (
 )
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of JAX 0.10 has no plgpu.load, and detects no races")
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="JAX 0.10 interprets no plgpu.load and detects no races")
 @pytest.mark.parametrize(("dtype", "case"), INTERPRETED, ids=lambda x: getattr(x, "name", x))
 def test_interpreted_matches_oracle(dtype: str, case: Case) -> None:
     arrays = case.make(dtype)

@@ -1,1 +1,5 @@
-"""Fused Pallas kernels for Hopper GPUs (Mosaic GPU)."""
+"""The fused implementation: Pallas kernels for Hopper GPUs, compiled by Mosaic GPU."""
+
+from jax_power.mosaic_gpu import power
+
+__all__ = ["power"]

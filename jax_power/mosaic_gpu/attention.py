@@ -31,7 +31,7 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
 def forward(
     call: spec.PowerCall, q: Array, k: Array, v: Array, log_g: Array | None, s0: Array | None, z0: Array | None
 ) -> tuple[Array, Array, None, None]:
-    """y `[b, t, h_q, e]` in the dtype of v, and norm `[b, t, h_q]` float32: the normaliser of the scaled row, for `backward`."""
+    """y `[b, t, h_q, e]` in the dtype of v, and norm `[b, t, h_q]` float32: the scaled row's normaliser, for `backward`."""
     if 0 in (*q.shape, *k.shape, *v.shape) or (call.normalize and call.scale == 0):
         return jnp.zeros((*q.shape[:3], call.e), v.dtype), jnp.zeros(q.shape[:3], jnp.float32), None, None
     y, norm = power_fwd.attend(call, *(fill_up(x) for x in (q, k, v)), *_of_keys(call, k, log_g))

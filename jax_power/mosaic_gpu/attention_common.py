@@ -221,7 +221,7 @@ def inverse_power_of_two(size: Array, least: int, most: int, *, squared: bool = 
 def scale_rows(tile: Any) -> Array:
     """Multiply every row of a tile of q in shared memory by a power of two (see "Scale" above); returns the factors.
 
-    The factor is a normal number of q's dtype, so the product is exact but for entries that become subnormal beside the largest.
+    The factor is a normal number of q's dtype: the product is exact but for entries that become subnormal beside the largest.
     """
     x = compat.load(tile, plgpu.Layout.WGMMA)
     wide = x.astype(jnp.float32)

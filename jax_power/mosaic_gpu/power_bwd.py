@@ -6,8 +6,8 @@
 with a_ij = alpha_i times the p-th root of the gates; alpha and δ pass from the first kernel to the second. For dlog_g both also
 sum A_ij = w_ij (dp_ij − δ_i) / n_i, the first over j < i, the second over i > j (the diagonal carries no gate).
 
-As in the forward pass a block is `groups` warpgroups of 64 rows (queries, then keys) and one that loads; tiles of the other side
-stream past. S and dP have both operands in shared memory; dS and w are fed back from registers.
+As in the forward pass a block is `groups` warpgroups of 64 rows (queries, then keys) and one that loads; tiles of the other
+side stream past. S and dP have both operands in shared memory; dS and w are fed back from registers.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ BLOCK = 2 * tiles.ROWS
 
 
 class Queries(NamedTuple):
-    """What the second kernel needs of every query, float32 `[b, h_q, t]`, t filled up to whole blocks: w_ij / n_i = (alpha_i s_ij)^p.
+    """What the second kernel needs of every query, float32 `[b, h_q, t]`, t filled up to whole blocks.
 
-    `row_sum` is Σ_{j<i} A_ij, None without gates.
+    w_ij / n_i = (alpha_i s_ij)^p of the unscaled s; `delta` is δ, corrected; `row_sum` is Σ_{j<i} A_ij, None without gates.
     """
 
     alpha: Array
@@ -75,7 +75,9 @@ def differentiate_queries(
     deck = Deck.make(row_tiles, call.h_q, call.b, call.t_kv * (d + e) * 2 // call.group, longest_last=call.causal)
     gate_tiles = tiles.GATE_BLOCK // keys
 
-    def body(q_gmem: Any, k_gmem: Any, v_gmem: Any, y_gmem: Any, norm_gmem: Any, dy_gmem: Any, *refs: Any) -> None:
+    def power_attention_backward_queries(
+        q_gmem: Any, k_gmem: Any, v_gmem: Any, y_gmem: Any, norm_gmem: Any, dy_gmem: Any, *refs: Any
+    ) -> None:
         refs = list(refs)
         gates_gmem = Gates(*(refs.pop(0) for _ in Gates._fields)) if gates is not None else None
         ranges_gmem = Ranges(*(refs.pop(0) for _ in Ranges._fields)) if ranges is not None else None
@@ -288,7 +290,7 @@ def differentiate_queries(
     }
     vector = jax.ShapeDtypeStruct((call.b, call.h_q, row_tiles * block_rows), jnp.float32)
     run = compat.kernel(
-        body,
+        power_attention_backward_queries,
         out_type=(jax.ShapeDtypeStruct(q.shape, dtype), *(vector,) * (2 if gates is None else 3)),
         scratch_types=(scratch,),
         grid=(deck.size,),
@@ -318,7 +320,9 @@ def differentiate_keys(
     head_bytes = call.t * (d + e) * 2 * call.group
     deck = Deck.make(key_tiles, call.h_kv, call.b, head_bytes, longest_last=False)
 
-    def body(q_gmem: Any, k_gmem: Any, v_gmem: Any, dy_gmem: Any, alpha_gmem: Any, delta_gmem: Any, *refs: Any) -> None:
+    def power_attention_backward_keys(
+        q_gmem: Any, k_gmem: Any, v_gmem: Any, dy_gmem: Any, alpha_gmem: Any, delta_gmem: Any, *refs: Any
+    ) -> None:
         refs = list(refs)
         gates_gmem = Gates(*(refs.pop(0) for _ in Gates._fields)) if gates is not None else None
         ranges_gmem = Ranges(*(refs.pop(0) for _ in Ranges._fields)) if ranges is not None else None
@@ -486,7 +490,7 @@ def differentiate_keys(
     }
     column_sum_type = jax.ShapeDtypeStruct((call.b, call.h_kv, key_tiles * block_keys), jnp.float32)
     run = compat.kernel(
-        body,
+        power_attention_backward_keys,
         out_type=(
             jax.ShapeDtypeStruct(k.shape, dtype),
             jax.ShapeDtypeStruct(v.shape, dtype),

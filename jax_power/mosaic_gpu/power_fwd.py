@@ -48,7 +48,7 @@ def attend(call: spec.PowerCall, q: Array, k: Array, v: Array, gates: Gates | No
     row_tiles, key_tiles = pl.cdiv(call.t, block_rows), pl.cdiv(call.t_kv, keys)
     deck = Deck.make(row_tiles, call.h_q, call.b, call.t_kv * (d + e) * 2 // call.group, longest_last=call.causal)
 
-    def body(q_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
+    def power_attention_forward(q_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
         refs = list(refs)
         gates_gmem = Gates(refs.pop(0), refs.pop(0), refs.pop(0)) if gates is not None else None
         scale_gmem = refs.pop(0) if scale is not None else None
@@ -226,7 +226,7 @@ def attend(call: spec.PowerCall, q: Array, k: Array, v: Array, gates: Gates | No
         jax.ShapeDtypeStruct((call.b, call.h_q, row_tiles * block_rows), jnp.float32),
     )
     run = compat.kernel(
-        body,
+        power_attention_forward,
         out_type=out_type,
         scratch_types=(scratch,),
         grid=(deck.size,),
