@@ -137,6 +137,9 @@ def differentiate_queries(
                 packing = packed(largest, 13 - score_bits(call.deg) * (call.deg - 1))
             of_head = None if ranges_gmem is None else ranges_gmem.scale[batch, head_kv]
             factor = scale_rows(q_smem)
+            own_q, own_dy = q_smem, dy_smem
+            if tile.fragments:
+                own_q, own_dy = (compat.load(x, plgpu.Layout.WGMMA) for x in (q_smem, dy_smem))
             factor = factor if of_head is None else factor * of_head
             norm = compat.load(vector_smem.at[0], ROW)
             if call.normalize:
@@ -183,8 +186,8 @@ def differentiate_queries(
 
                     def products(s: Any, moved: Any) -> tuple[Array, Array]:
                         start(moved, spread_rows(-delta, width))  # so that dP − δ is what is summed up
-                        plgpu.wgmma(s, q_smem, part("k").transpose((1, 0)))
-                        plgpu.wgmma(moved, dy_smem, part("v").transpose((1, 0)))
+                        plgpu.wgmma(s, own_q, part("k").transpose((1, 0)))
+                        plgpu.wgmma(moved, own_dy, part("v").transpose((1, 0)))
                         return s[...], moved[...]  # waits for both, and for dQ += dS K of the tile before
 
                     acc = plgpu.ACC((tiles.ROWS, width), jnp.float32)
@@ -376,6 +379,9 @@ def differentiate_keys(
                 plgpu.copy_gmem_to_smem(gates_gmem.sum.at[of_keys], vector_smem.at[0], kv_full)
                 plgpu.copy_gmem_to_smem(gates_gmem.rest.at[of_keys], vector_smem.at[1], kv_full)
             plgpu.barrier_wait(kv_full)
+            own_k, own_v = k_smem, v_smem
+            if tile.fragments:
+                own_k, own_v = (compat.load(x, plgpu.Layout.WGMMA) for x in (k_smem, v_smem))
             zeros = plgpu.layout_cast(jnp.zeros((tiles.ROWS,), jnp.float32), ROW)
             pack = None if ranges_gmem is None else [ref[batch, head_kv] for ref in (ranges_gmem.weight, ranges_gmem.dscore)]
 
@@ -415,7 +421,7 @@ def differentiate_keys(
                     acc = plgpu.ACC((tiles.ROWS, width), jnp.float32)
 
                     def scores(s: Any) -> Array:
-                        plgpu.wgmma(s, k_smem, queries_smem.transpose((1, 0)))
+                        plgpu.wgmma(s, own_k, queries_smem.transpose((1, 0)))
                         return s[...]  # waits for it, and for the sums of the tile before
 
                     plgpu.barrier_wait(smem["q_full"].at[slot])
@@ -434,7 +440,7 @@ def differentiate_keys(
                     def dweights(moved: Any) -> Array:
                         delta = compat.load(smem["delta"].at[slot], COLUMN)
                         start(moved, spread_columns(-delta, tiles.ROWS))  # so that dP − δ is what is summed up
-                        plgpu.wgmma(moved, v_smem, dy_smem.transpose((1, 0)))
+                        plgpu.wgmma(moved, own_v, dy_smem.transpose((1, 0)))
                         plgpu.wgmma(dv, rounded, dy_smem)
                         return moved[...]
 

@@ -28,13 +28,18 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """One of the two backward kernels: `groups` consumer warpgroups of 64 rows, `stages` tiles of `width` of the other side."""
+    """One of the two backward kernels: `groups` consumer warpgroups of 64 rows, `stages` tiles of `width` of the other side.
+
+    `fragments`: the rows' own operands of S and dP stay in registers. With both operands in shared memory, products of 64
+    columns take its whole bandwidth.
+    """
 
     groups: int
     width: int
     stages: int
-    consumer_registers: int
-    producer_registers: int
+    fragments: bool
+    consumer_registers: int = 240
+    producer_registers: int = 24
 
 
 def padded_head(size: int) -> int:
@@ -55,14 +60,14 @@ def backward_q(d: int, e: int, *, gates: bool) -> Backward:
     """Row of the table for dq, for padded head sizes d and e."""
     if d == 64 and e == 64 and not gates:
         # S, dP, dQ and dS are 64 + 64 + 32 + 32 registers; wider tiles load less from shared memory.
-        return Backward(groups=2, width=128, stages=4, consumer_registers=240, producer_registers=24)
+        return Backward(groups=2, width=128, stages=4, fragments=False)
     # Gates need the registers of wider tiles, and so does a dQ of 128 columns; 3 stages are all of shared memory at d = 128.
-    return Backward(groups=2, width=64, stages=6 if d + e == 128 else 3, consumer_registers=240, producer_registers=24)
+    return Backward(groups=2, width=64, stages=6 if d + e == 128 else 3, fragments=not gates)
 
 
 def backward_kv(d: int, e: int) -> Backward:
-    """Row of the table for dk and dv: two sums (64 to 128 registers) beside S and dP."""
-    return Backward(groups=2, width=64, stages=6 if d + e == 128 else 3, consumer_registers=240, producer_registers=24)
+    """Row of the table for dk and dv: their sums are 64 registers at d = e = 64, which leaves 32 for K and V, but 128 at 128."""
+    return Backward(groups=2, width=64, stages=6 if d + e == 128 else 3, fragments=d + e == 128)
 
 
 def check_smem(kernel: str, arrays: dict[str, tuple[tuple[int, ...], int]]) -> None:
