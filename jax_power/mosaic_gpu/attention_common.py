@@ -20,6 +20,7 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
@@ -194,6 +195,89 @@ def start(acc: Any, value: Array) -> None:
     acc[...] = value
 
 
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Stages of shared memory that the loading warpgroup fills tile after tile, and that all others read and release."""
+
+    full: Any
+    empty: Any
+    stages: int
+
+    @staticmethod
+    def barriers(name: str, stages: int, groups: int, *, copies: int) -> dict[str, Any]:
+        """The barriers of a ring that `copies` copies a stage fill and `groups` warpgroups release."""
+        return {
+            f"{name}_full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            f"{name}_empty": plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+        }
+
+    @classmethod
+    def of(cls, smem: dict[str, Any], name: str, stages: int) -> Ring:
+        return cls(smem[f"{name}_full"], smem[f"{name}_empty"], stages)
+
+    def slot(self, n: Array) -> Array:
+        return lax.rem(n, jnp.int32(self.stages))
+
+    def await_empty(self, n: Array) -> None:
+        @pl.when(n >= self.stages)
+        def _() -> None:
+            plgpu.barrier_wait(self.empty.at[self.slot(n)])
+
+    def await_full(self, n: Array) -> None:
+        plgpu.barrier_wait(self.full.at[self.slot(n)])
+
+    def release(self, n: Array) -> None:
+        """Releases tile n; nothing for the tile before the first."""
+
+        @pl.when(n >= 0)
+        def _() -> None:
+            plgpu.barrier_arrive(self.empty.at[self.slot(n + self.stages)])
+
+    def skip(self, n: Array) -> None:
+        """Passes over a tile that only other warpgroups read. Released before it is full, it could be counted for another."""
+        self.await_full(n)
+        self.release(n)
+
+
+class RowGates(NamedTuple):
+    """The gates of a warpgroup's 64 rows, p-th roots: g_i, exp(g_i), and H at the start of their block, high and low."""
+
+    sum: Array
+    growth: Array
+    start: tuple[Array, Array]
+
+    @classmethod
+    def load(cls, sum_smem: Any, edges: Any, first: Array) -> RowGates:
+        gate = compat.load(sum_smem, ROW)
+        block = lax.div(first, jnp.int32(tiles.GATE_BLOCK))
+        return cls(gate, jnp.exp2(gate), (edges[4 * block], edges[4 * block + 1]))
+
+    def within(self, sum_smem: Any) -> Array:
+        """exp(g_i − g_j) for keys of the rows' own block; of no meaning where the key comes after the row."""
+        keys = compat.load(sum_smem, COLUMN)
+        return jnp.exp2(spread_rows(self.sum, keys.shape[0]) - spread_columns(keys, tiles.ROWS))
+
+    def across(self, rest_smem: Any, edges: Any, block: Array) -> Array:
+        """exp(g_i) · exp(H_i − H_j) · exp(rest_j) for keys of an earlier block."""
+        between = self.growth * jnp.exp2((self.start[0] - edges[4 * block + 2]) + (self.start[1] - edges[4 * block + 3]))
+        rest = compat.load(rest_smem, COLUMN)
+        return spread_rows(between, rest.shape[0]) * spread_columns(rest, tiles.ROWS)
+
+
+def up_to_diagonal(offset: Array | int) -> Array:
+    """Whether column ≤ row + offset, in a tile of 64 × 64.
+
+    Of rows a vector is made first: from two whole matrices the compiler keeps their difference, 32 registers.
+    """
+    column = plgpu.broadcasted_iota(jnp.int32, (tiles.ROWS, tiles.ROWS), 1, layout=plgpu.Layout.WGMMA)
+    row = plgpu.broadcasted_iota(jnp.int32, (tiles.ROWS,), 0, layout=ROW)
+    return column <= spread_rows(row + offset, tiles.ROWS)
+
+
+def zero_rows() -> Array:
+    return plgpu.layout_cast(jnp.zeros((tiles.ROWS,), jnp.float32), ROW)
+
+
 def power(x: Array, deg: int) -> Array:
     """x^deg by multiplication."""
     if deg == 1:
@@ -240,17 +324,17 @@ def packed(size_squared: Array, bits: int) -> Array:
     return lax.bitcast_convert_type((127 + jnp.clip(bits - (exponent >> 1), -126, 126)) << 23, jnp.float32)
 
 
+def clamp(x: Array) -> Array:
+    """float16: what would overflow becomes the largest finite number."""
+    return jnp.clip(x, -65504.0, 65504.0)
+
+
 def inverse_root(x: Array, deg: int) -> Array:
     """x^(−1/p) for an even p and x > 0, 0 for x = 0 (a row that sees nothing)."""
     root = lax.rsqrt(x)
     for _ in range(deg.bit_length() - 2):
         root = root * lax.rsqrt(root)
     return jnp.where(x == 0.0, 0.0, root)
-
-
-def next_slot(n: Array, ahead: int, stages: int) -> Array:
-    """The slot of the ring that tile n + ahead is in."""
-    return lax.rem(n + ahead, jnp.int32(stages))
 
 
 def plain(call: spec.PowerCall) -> float:

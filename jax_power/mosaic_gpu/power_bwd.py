@@ -7,11 +7,16 @@ with a_ij = alpha_i times the p-th root of the gates; alpha and δ pass from the
 sum A_ij = w_ij (dp_ij − δ_i) / n_i, the first over j < i, the second over i > j (the diagonal carries no gate).
 
 As in the forward pass a block is `groups` warpgroups of 64 rows (queries, then keys) and one that loads; tiles of the other
-side stream past. S and dP have both operands in shared memory; dS and w are fed back from registers.
+side stream past. The accumulator of dP starts from −δ. dS and w are fed back from registers; their products are in flight while
+the next S and dP are started. Tiles on the diagonal, and those that share the rows' block of gates, are computed 64 wide.
+
+Shared memory: the rows' operands (gradients leave through them) and, in a ring of stages, those of the other side.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -28,9 +33,11 @@ from jax_power.mosaic_gpu.attention_common import (
     Deck,
     Gates,
     Ranges,
+    Ring,
+    RowGates,
     allocate,
+    clamp,
     inverse_root,
-    next_slot,
     packed,
     plain,
     power,
@@ -39,8 +46,11 @@ from jax_power.mosaic_gpu.attention_common import (
     spread_columns,
     spread_rows,
     start,
+    up_to_diagonal,
+    zero_rows,
 )
 
+WGMMA = plgpu.Layout.WGMMA
 # Rows of a block of either kernel: what vectors of queries are filled up to.
 BLOCK = 2 * tiles.ROWS
 
@@ -56,6 +66,65 @@ class Queries(NamedTuple):
     row_sum: Array | None
 
 
+class Block(NamedTuple):
+    """What a block works on: arrays in device and shared memory by name, its head and rows, and how many tiles it meets."""
+
+    gmem: dict[str, Any]
+    smem: dict[str, Any]
+    batch: Array
+    head: Array
+    head_kv: Array
+    first: Array
+    tiles: Array
+    ring: Ring
+
+
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """What the two kernels have in common: the sizes of a call, and how a block divides into warpgroups."""
+
+    call: spec.PowerCall
+    d: int
+    e: int
+    dtype: Any
+    gated: bool
+    half: bool
+
+    def names(self, *arrays: str) -> tuple[str, ...]:
+        return *arrays, *(Gates._fields if self.gated else ()), *(Ranges._fields if self.half else ())
+
+    def run(self, body: Any, deck: Deck, tile: tiles.Backward, scratch: dict[str, Any], out_type: Any, *arrays: Any) -> Any:
+        kernel = compat.kernel(
+            body,
+            out_type=out_type,
+            scratch_types=(scratch,),
+            grid=(deck.size,),
+            grid_names=("block",),
+            num_threads=tile.groups + 1,
+            thread_name="warpgroup",
+        )
+        return kernel(*arrays)
+
+    def divide(self, tile: tiles.Backward, load: Any, consume: Any) -> None:
+        """One warpgroup loads, the others consume; they share the registers accordingly."""
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == tile.groups)
+        def _() -> None:
+            plgpu.set_max_registers(tile.producer_registers, action="decrease")
+            load()
+
+        @pl.when(warpgroup < tile.groups)
+        def _() -> None:
+            plgpu.set_max_registers(tile.consumer_registers, action="increase")
+            consume(warpgroup)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dq
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def differentiate_queries(
     call: spec.PowerCall,
     q: Array,
@@ -68,241 +137,259 @@ def differentiate_queries(
     ranges: Ranges | None,
 ) -> tuple[Array, Queries]:
     """dq, and what the second kernel needs. Arrays as `fill_up` leaves them, norm `[b, h_q, t]` filled up with zeros."""
-    d, e, dtype = q.shape[-1], v.shape[-1], q.dtype
-    tile = tiles.backward_q(d, e, gates=gates is not None)
-    block_rows, keys, stages = tile.groups * tiles.ROWS, tile.width, tile.stages
-    row_tiles, key_tiles = pl.cdiv(call.t, block_rows), pl.cdiv(call.t_kv, keys)
-    deck = Deck.make(row_tiles, call.h_q, call.b, call.t_kv * (d + e) * 2 // call.group, longest_last=call.causal)
-    gate_tiles = tiles.GATE_BLOCK // keys
+    kernel = BackwardQueries(call, q.shape[-1], v.shape[-1], q.dtype, gates is not None, ranges is not None)
+    vector = jax.ShapeDtypeStruct((call.b, call.h_q, kernel.deck.tiles * BLOCK), jnp.float32)
+    out_type = jax.ShapeDtypeStruct(q.shape, q.dtype), *(vector,) * (3 if kernel.gated else 2)
+    body, arrays = kernel.power_attention_backward_queries, (q, k, v, y, norm, dy, *(gates or ()), *(ranges or ()))
+    dq, *vectors = kernel.run(body, kernel.deck, kernel.tile, kernel.scratch(), out_type, *arrays)
+    return dq, Queries(vectors[0], vectors[1], vectors[2] if kernel.gated else None)
 
-    def power_attention_backward_queries(
-        q_gmem: Any, k_gmem: Any, v_gmem: Any, y_gmem: Any, norm_gmem: Any, dy_gmem: Any, *refs: Any
-    ) -> None:
-        refs = list(refs)
-        gates_gmem = Gates(*(refs.pop(0) for _ in Gates._fields)) if gates is not None else None
-        ranges_gmem = Ranges(*(refs.pop(0) for _ in Ranges._fields)) if ranges is not None else None
-        dq_gmem, alpha_gmem, delta_gmem = (refs.pop(0) for _ in range(3))
-        row_sum_gmem = refs.pop(0) if gates is not None else None
-        (smem,) = refs
-        batch, head, row_tile = deck.deal(lax.axis_index("block"))
-        head_kv = lax.div(head, jnp.int32(call.group))
-        warpgroup = lax.axis_index("warpgroup")
-        seen = jnp.minimum(key_tiles, pl.cdiv((row_tile + 1) * block_rows, keys)) if call.causal else jnp.int32(key_tiles)
 
-        @pl.when(warpgroup == tile.groups)
-        def _load() -> None:
-            plgpu.set_max_registers(tile.producer_registers, action="decrease")
+class QueryRows(NamedTuple):
+    """A warpgroup's 64 queries: their index, operands (in registers or shared memory), and numbers a row.
 
-            @pl.loop(0, seen)
-            def _tile(n: Array) -> None:
-                slot, tokens = lax.rem(n, jnp.int32(stages)), (batch, pl.ds(n * keys, keys), head_kv)
-                full = smem["kv_full"].at[slot]
+    `whole` is what u^p lacks of w, c_i and float16's scale of the head together; `inverse` 1 / n_i; `packing` float16's factor
+    on dS.
+    """
 
-                @pl.when(n >= stages)
-                def _() -> None:
-                    plgpu.barrier_wait(smem["kv_empty"].at[slot])
+    first: Array
+    q: Any
+    dy: Any
+    whole: Array
+    alpha: Array
+    inverse: Array
+    delta: Array
+    packing: Array | None
+    of_head: Array | None
+    gates: RowGates | None
 
-                plgpu.copy_gmem_to_smem(k_gmem.at[tokens], smem["k"].at[slot], full)
-                plgpu.copy_gmem_to_smem(v_gmem.at[tokens], smem["v"].at[slot], full)
-                if gates_gmem is not None:
-                    of_keys = (batch, head_kv, pl.ds(n * keys, keys))
-                    plgpu.copy_gmem_to_smem(gates_gmem.sum.at[of_keys], smem["sum"].at[slot], full)
-                    plgpu.copy_gmem_to_smem(gates_gmem.rest.at[of_keys], smem["rest"].at[slot], full)
 
-        @pl.when(warpgroup < tile.groups)
-        def _consume() -> None:
-            plgpu.set_max_registers(tile.consumer_registers, action="increase")
-            first = row_tile * block_rows + warpgroup * tiles.ROWS
-            mine = jnp.minimum(seen, lax.div(first, jnp.int32(keys)) + 1) if call.causal else seen
-            q_smem, dy_smem, y_smem = (smem[name].at[warpgroup] for name in ("q", "dy", "y"))
-            q_full, vector_smem = smem["q_full"].at[warpgroup], smem["vectors"].at[warpgroup]
-            rows = (batch, pl.ds(first, tiles.ROWS), head)
-            for source, target in ((q_gmem, q_smem), (dy_gmem, dy_smem), (y_gmem, y_smem)):
-                plgpu.copy_gmem_to_smem(source.at[rows], target, q_full)
-            plgpu.copy_gmem_to_smem(norm_gmem.at[batch, head, pl.ds(first, tiles.ROWS)], vector_smem.at[0], q_full)
-            if gates_gmem is not None:
-                of_rows = gates_gmem.sum.at[batch, head_kv, pl.ds(first, tiles.ROWS)]
-                plgpu.copy_gmem_to_smem(of_rows, vector_smem.at[1], q_full)
-            plgpu.barrier_wait(q_full)
+class RowSums(NamedTuple):
+    """δ, and what w_ij (dp_ij − δ_i) sums up to: over all keys so far, and of the token itself, with its own weight."""
 
-            zeros = plgpu.layout_cast(jnp.zeros((tiles.ROWS,), jnp.float32), ROW)
-            dy = compat.load(dy_smem, plgpu.Layout.WGMMA).astype(jnp.float32)
-            if call.normalize:
-                delta = (dy * compat.load(y_smem, plgpu.Layout.WGMMA).astype(jnp.float32)).sum(1)
-            else:
-                delta = zeros
-            packing = None
-            if ranges_gmem is not None:  # bounds |dp − δ| u^(p−1) by 2^15, row by row
-                largest = (dy * dy).sum(1) * ranges_gmem.v_squared[batch, head_kv]
-                packing = packed(largest, 13 - score_bits(call.deg) * (call.deg - 1))
-            of_head = None if ranges_gmem is None else ranges_gmem.scale[batch, head_kv]
-            factor = scale_rows(q_smem)
-            own_q, own_dy = q_smem, dy_smem
-            if tile.fragments:
-                own_q, own_dy = (compat.load(x, plgpu.Layout.WGMMA) for x in (q_smem, dy_smem))
-            factor = factor if of_head is None else factor * of_head
-            norm = compat.load(vector_smem.at[0], ROW)
-            if call.normalize:
-                alpha = factor * inverse_root(norm, call.deg)
-                inverse = jnp.where(norm == 0.0, 0.0, 1.0 / norm)
-            else:
-                alpha, inverse = zeros + 1.0, plain(call) / power(factor, call.deg)
-            if gates_gmem is not None:
-                row_gate = compat.load(vector_smem.at[1], ROW)
-                row_block = lax.div(first, jnp.int32(tiles.GATE_BLOCK))
-                growth = jnp.exp2(row_gate)
-                row_start = [gates_gmem.edges[batch, head_kv, 4 * row_block + i] for i in range(2)]
+    delta: Array
+    all: Array
+    itself: Array
+    own: Array
 
-            def before_row(piece: Array, least: int) -> Array:
-                """Whether a key of a piece comes at least `least` tokens before a row."""
-                shape = tiles.ROWS, tiles.ROWS
-                key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-                row = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROW)
-                return key <= spread_rows(row + (first - piece * tiles.ROWS - least), tiles.ROWS)
 
-            def decay(n: Array, part: Any, piece: Array | None) -> Array:
-                """The p-th root of the gates between row and key; 0 where the key comes after the row."""
-                if piece is not None:
-                    root = jnp.exp2(
-                        spread_rows(row_gate, tiles.ROWS) - spread_columns(compat.load(part("sum"), COLUMN), tiles.ROWS)
-                    )
-                    return jnp.where(before_row(piece, 0), root, 0.0)
-                block = lax.div(n, jnp.int32(gate_tiles))
-                end = [gates_gmem.edges[batch, head_kv, 4 * block + 2 + i] for i in range(2)]
-                between = growth * jnp.exp2((row_start[0] - end[0]) + (row_start[1] - end[1]))
-                return spread_rows(between, keys) * spread_columns(compat.load(part("rest"), COLUMN), tiles.ROWS)
+@dataclasses.dataclass(frozen=True)
+class BackwardQueries(Backward):
+    @functools.cached_property
+    def tile(self) -> tiles.Backward:
+        return tiles.backward_q(self.d, self.e, gates=self.gated)
 
-            def sums(dq: Any) -> tuple[Array, ...]:
-                def accumulate(n: Array, carry: tuple[Array, ...], piece: Array | None = None) -> tuple[Array, ...]:
-                    """dQ += dS K for tile n, or for one of the pieces of 64 keys of a tile on the diagonal."""
-                    delta, before, itself, own = carry
-                    width = keys if piece is None else tiles.ROWS
+    @functools.cached_property
+    def deck(self) -> Deck:
+        call = self.call
+        head_bytes = call.t_kv * (self.d + self.e) * 2 // call.group
+        return Deck.make(pl.cdiv(call.t, BLOCK), call.h_q, call.b, head_bytes, longest_last=call.causal)
 
-                    def part(name: str) -> Any:
-                        tile_smem = smem[name].at[lax.rem(n, jnp.int32(stages))]
-                        if width == keys:
-                            return tile_smem
-                        return tile_smem.at[pl.ds(pl.multiple_of((piece - n * pieces) * width, width), width)]
+    def scratch(self) -> dict[str, Any]:
+        groups, keys, stages = self.tile.groups, self.tile.width, self.tile.stages
+        rows = (groups, tiles.ROWS)
+        operands = {"q": (*rows, self.d), "dy": (*rows, self.e), "y": (*rows, self.e)}
+        operands |= {"k": (stages, keys, self.d), "v": (stages, keys, self.e)}
+        vectors = {"vectors": (groups, 3, tiles.ROWS)} | (dict.fromkeys(("sum", "rest"), (stages, keys)) if self.gated else {})
+        barriers = {"q_full": plgpu.Barrier(num_arrivals=5 if self.gated else 4, num_barriers=groups)}
+        barriers |= Ring.barriers("kv", stages, groups, copies=4 if self.gated else 2)
+        return allocate("backward of the attention form, queries", self.dtype, operands, vectors) | barriers
 
-                    def products(s: Any, moved: Any) -> tuple[Array, Array]:
-                        start(moved, spread_rows(-delta, width))  # so that dP − δ is what is summed up
-                        plgpu.wgmma(s, own_q, part("k").transpose((1, 0)))
-                        plgpu.wgmma(moved, own_dy, part("v").transpose((1, 0)))
-                        return s[...], moved[...]  # waits for both, and for dQ += dS K of the tile before
+    def power_attention_backward_queries(self, *refs: Any) -> None:
+        *gmem, smem = refs
+        names = (*self.names("q", "k", "v", "y", "norm", "dy"), "dq", "alpha", "delta", *(("row_sum",) if self.gated else ()))
+        batch, head, row_tile = self.deck.deal(lax.axis_index("block"))
+        first, keys = row_tile * BLOCK, self.tile.width
+        count = jnp.int32(pl.cdiv(self.call.t_kv, keys))
+        if self.call.causal:
+            count = jnp.minimum(count, pl.cdiv(first + BLOCK, keys))
+        head_kv = lax.div(head, jnp.int32(self.call.group))
+        ring = Ring.of(smem, "kv", self.tile.stages)
+        x = Block(dict(zip(names, gmem, strict=True)), smem, batch, head, head_kv, first, count, ring)
+        self.divide(self.tile, functools.partial(self.load, x), functools.partial(self.consume, x))
 
-                    acc = plgpu.ACC((tiles.ROWS, width), jnp.float32)
-                    score, moved = pl.run_scoped(products, acc, acc)
-                    if piece is None:
-                        release(n - 1)
-                    gate = None if gates_gmem is None else decay(n, part, piece)
-                    u = score if gate is None else score * gate
-                    u = u if of_head is None else u * of_head
-                    masked = piece is not None and call.causal and gate is None
-                    if masked:
-                        u = jnp.where(before_row(piece, 0), u, 0.0)
-                    if gate is not None or (piece is not None and call.normalize):
-                        weight = power(u, call.deg)
-                        product = weight * moved
-                        if piece is not None and gate is not None:
-                            earlier = before_row(piece, 1)
-                            itself += jnp.where(earlier, 0.0, product).sum(1)
-                            own += jnp.where(earlier, 0.0, weight).sum(1)
-                        before += product.sum(1)
-                    if piece is not None and call.normalize:
-                        # Σ_j w_ij (dp_ij − δ_i) should be 0, and is the error that δ has from the rounding of y. Rows that see
-                        # few keys feel it: without gates those of the first piece; with gates any, but then what they see is
-                        # mostly in their last piece.
-                        corrects = (piece == last_piece) if gate is not None else (last_piece == 0)
-                        error = before * inverse * jnp.where(corrects, 1.0, 0.0)
-                        delta, moved = delta + error, moved - spread_rows(error, width)
-                    lower = power(u, call.deg - 1) if call.deg > 1 else None
-                    dscore = moved if lower is None else moved * lower
-                    # u carries the gates' p-th root, so u^(p−1) lacks one more of it; the scale of the head belongs to c_i.
-                    dscore = dscore if gate is None else dscore * gate
-                    if masked and lower is None:
-                        dscore = jnp.where(before_row(piece, 0), dscore, 0.0)
-                    if packing is not None:
-                        dscore = jnp.clip(dscore * spread_rows(packing, width), -65504.0, 65504.0)
-                    plgpu.wgmma(dq, dscore.astype(dtype), part("k"))
-                    return delta, before, itself, own
+    def load(self, x: Block) -> None:
+        """The loading warpgroup: keys and values, with their gates, as stages are released."""
 
-                def release(n: Array) -> None:
-                    @pl.when(n >= 0)
-                    def _() -> None:
-                        plgpu.barrier_arrive(smem["kv_empty"].at[next_slot(n, stages, stages)])
+        @pl.loop(0, x.tiles)
+        def _(n: Array) -> None:
+            x.ring.await_empty(n)
+            slot, here = x.ring.slot(n), pl.ds(n * self.tile.width, self.tile.width)
+            for name in ("k", "v"):
+                plgpu.copy_gmem_to_smem(x.gmem[name].at[x.batch, here, x.head_kv], x.smem[name].at[slot], x.ring.full.at[slot])
+            for name in ("sum", "rest") if self.gated else ():
+                plgpu.copy_gmem_to_smem(x.gmem[name].at[x.batch, x.head_kv, here], x.smem[name].at[slot], x.ring.full.at[slot])
 
-                def wait(n: Array) -> None:
-                    plgpu.barrier_wait(smem["kv_full"].at[lax.rem(n, jnp.int32(stages))])
+    def consume(self, x: Block, warpgroup: Array) -> None:
+        rows = self.receive_rows(x, warpgroup)
+        mine = x.tiles
+        if self.call.causal:
+            mine = jnp.minimum(mine, lax.div(rows.first, jnp.int32(self.tile.width)) + 1)
+        sums, dq = pl.run_scoped(
+            functools.partial(self.sum_tiles, x, rows, mine), plgpu.ACC((tiles.ROWS, self.d), jnp.float32)
+        )
 
-                def whole_tile(n: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-                    wait(n)
-                    return accumulate(n, carry)
+        @pl.loop(mine, x.tiles)
+        def _(n: Array) -> None:  # tiles that only later rows of the block see
+            x.ring.skip(n)
 
-                def edge_tile(n: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-                    wait(n)
-                    plgpu.wgmma_wait(0)
-                    release(n - 1)
-                    to = jnp.minimum((n + 1) * pieces, last_piece + 1)
-                    return lax.fori_loop(n * pieces, to, lambda piece, carry: accumulate(n, carry, piece), carry)
+        self.store(x, rows, warpgroup, sums, dq)
 
-                pieces = keys // tiles.ROWS
-                last_piece = (
-                    lax.div(first, jnp.int32(tiles.ROWS)) if call.causal else jnp.int32(pl.cdiv(call.t_kv, tiles.ROWS) - 1)
-                )
-                edge = mine - 1
-                if gates_gmem is not None:  # tiles in the rows' own block of gates
-                    edge = lax.div(first, jnp.int32(tiles.GATE_BLOCK)) * gate_tiles
-                carry = lax.fori_loop(0, edge, whole_tile, (delta, zeros, zeros, zeros))
-                carry = lax.fori_loop(edge, mine, edge_tile, carry)
-                dq = dq[...]
-                release(mine - 1)
-                return *carry, dq
+    def receive_rows(self, x: Block, warpgroup: Array) -> QueryRows:
+        call = self.call
+        first = x.first + warpgroup * tiles.ROWS
+        here, full = pl.ds(first, tiles.ROWS), x.smem["q_full"].at[warpgroup]
+        q_smem, dy_smem, y_smem, vectors_smem = (x.smem[name].at[warpgroup] for name in ("q", "dy", "y", "vectors"))
+        for name, target in (("q", q_smem), ("dy", dy_smem), ("y", y_smem)):
+            plgpu.copy_gmem_to_smem(x.gmem[name].at[x.batch, here, x.head], target, full)
+        plgpu.copy_gmem_to_smem(x.gmem["norm"].at[x.batch, x.head, here], vectors_smem.at[0], full)
+        if self.gated:
+            plgpu.copy_gmem_to_smem(x.gmem["sum"].at[x.batch, x.head_kv, here], vectors_smem.at[1], full)
+        plgpu.barrier_wait(full)
 
-            delta, before, itself, own, dq = pl.run_scoped(sums, plgpu.ACC((tiles.ROWS, d), jnp.float32))
+        dy = compat.load(dy_smem, WGMMA).astype(jnp.float32)
+        delta = (dy * compat.load(y_smem, WGMMA).astype(jnp.float32)).sum(1) if call.normalize else zero_rows()
+        packing = of_head = None
+        if self.half:  # |dp − δ| u^(p−1) ≤ 2^15, row by row
+            largest = (dy * dy).sum(1) * x.gmem["v_squared"][x.batch, x.head_kv]
+            packing = packed(largest, 13 - score_bits(call.deg) * (call.deg - 1))
+            of_head = x.gmem["scale"][x.batch, x.head_kv]
+        whole = scale_rows(q_smem)
+        whole = whole if of_head is None else whole * of_head
+        norm = compat.load(vectors_smem.at[0], ROW)
+        if call.normalize:
+            alpha, inverse = whole * inverse_root(norm, call.deg), jnp.where(norm == 0.0, 0.0, 1.0 / norm)
+        else:
+            alpha, inverse = zero_rows() + 1.0, plain(call) / power(whole, call.deg)
+        gates = RowGates.load(vectors_smem.at[1], x.gmem["edges"].at[x.batch, x.head_kv], first) if self.gated else None
+        own = (compat.load(ref, WGMMA) for ref in (q_smem, dy_smem)) if self.tile.fragments else (q_smem, dy_smem)
+        return QueryRows(first, *own, whole, alpha, inverse, delta, packing, of_head, gates)
 
-            @pl.loop(mine, seen)
-            def _skip(n: Array) -> None:  # tiles that only later rows of the block see
-                slot = lax.rem(n, jnp.int32(stages))
-                plgpu.barrier_wait(smem["kv_full"].at[slot])
-                plgpu.barrier_arrive(smem["kv_empty"].at[slot])
+    def sum_tiles(self, x: Block, rows: QueryRows, mine: Array, dq: Any) -> tuple[RowSums, Array]:
+        """The sums over the first `mine` tiles of keys, and dQ before its rows are scaled."""
+        pieces = self.tile.width // tiles.ROWS  # of 64 keys, which tiles on the diagonal are cut into
+        last_piece = jnp.int32(pl.cdiv(self.call.t_kv, tiles.ROWS) - 1)
+        if self.call.causal:
+            last_piece = lax.div(rows.first, jnp.int32(tiles.ROWS))
 
-            whole = call.deg * factor * inverse
-            whole = whole if packing is None else whole / packing
-            q_smem[...] = (dq * spread_rows(whole, d)).astype(dtype)
-            vector_smem[0] = alpha
-            vector_smem[1] = delta
-            if row_sum_gmem is not None:
-                # Normalised, the sum over all j is 0, so that over j < i is what the token itself contributes, negated.
-                row_sum = own * before * inverse - itself if call.normalize else before - itself
-                vector_smem[2] = row_sum * inverse
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_smem, dq_gmem.at[rows])
-            for i, target in enumerate((alpha_gmem, delta_gmem, *(() if row_sum_gmem is None else (row_sum_gmem,)))):
-                plgpu.copy_smem_to_gmem(vector_smem.at[i], target.at[batch, head, pl.ds(first, tiles.ROWS)])
-            plgpu.wait_smem_to_gmem(0)
+        def whole_tile(n: Array, sums: RowSums) -> RowSums:
+            x.ring.await_full(n)
+            return self.accumulate(x, rows, n, sums, dq)
 
-    rows_of = (tile.groups, tiles.ROWS)
-    operands = {"q": (*rows_of, d), "dy": (*rows_of, e), "y": (*rows_of, e), "k": (stages, keys, d), "v": (stages, keys, e)}
-    vectors = {"vectors": (tile.groups, 3, tiles.ROWS)}
-    if gates is not None:
-        vectors |= {"sum": (stages, keys), "rest": (stages, keys)}
-    scratch = allocate("backward of the attention form, queries", dtype, operands, vectors) | {
-        "q_full": plgpu.Barrier(num_arrivals=4 if gates is None else 5, num_barriers=tile.groups),
-        "kv_full": plgpu.Barrier(num_arrivals=2 if gates is None else 4, num_barriers=stages),
-        "kv_empty": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=stages),
-    }
-    vector = jax.ShapeDtypeStruct((call.b, call.h_q, row_tiles * block_rows), jnp.float32)
-    run = compat.kernel(
-        power_attention_backward_queries,
-        out_type=(jax.ShapeDtypeStruct(q.shape, dtype), *(vector,) * (2 if gates is None else 3)),
-        scratch_types=(scratch,),
-        grid=(deck.size,),
-        grid_names=("block",),
-        num_threads=tile.groups + 1,
-        thread_name="warpgroup",
-    )
-    dq, *vectors = run(q, k, v, y, norm, dy, *(gates or ()), *(ranges or ()))
-    return dq, Queries(vectors[0], vectors[1], None if gates is None else vectors[2])
+        def edge_tile(n: Array, sums: RowSums) -> RowSums:
+            x.ring.await_full(n)
+            plgpu.wgmma_wait(0)
+            x.ring.release(n - 1)
+            end = jnp.minimum((n + 1) * pieces, last_piece + 1)
+            piece = functools.partial(self.accumulate_piece, x, rows, n, last_piece, dq=dq)
+            return lax.fori_loop(n * pieces, end, piece, sums)
+
+        edge = mine - 1
+        if self.gated:  # tiles in the rows' own block of gates
+            edge = lax.div(rows.first, jnp.int32(tiles.GATE_BLOCK)) * (tiles.GATE_BLOCK // self.tile.width)
+        sums = RowSums(rows.delta, zero_rows(), zero_rows(), zero_rows())
+        sums = lax.fori_loop(0, edge, whole_tile, sums)
+        sums = lax.fori_loop(edge, mine, edge_tile, sums)
+        result = dq[...]  # waits for all products
+        x.ring.release(mine - 1)
+        return sums, result
+
+    def multiply(self, rows: QueryRows, delta: Array, k_smem: Any, v_smem: Any) -> tuple[Array, Array]:
+        """S and dP − δ for a tile or a piece of one; ends the products that were in flight."""
+        width = k_smem.shape[0]
+
+        def products(score: Any, moved: Any) -> tuple[Array, Array]:
+            start(moved, spread_rows(-delta, width))
+            plgpu.wgmma(score, rows.q, k_smem.transpose((1, 0)))
+            plgpu.wgmma(moved, rows.dy, v_smem.transpose((1, 0)))
+            return score[...], moved[...]
+
+        acc = plgpu.ACC((tiles.ROWS, width), jnp.float32)
+        return pl.run_scoped(products, acc, acc)
+
+    def accumulate(self, x: Block, rows: QueryRows, n: Array, sums: RowSums, dq: Any) -> RowSums:
+        """dQ += dS K for a tile whose keys all come before the rows, and before their block of gates."""
+        slot = x.ring.slot(n)
+        k_smem = x.smem["k"].at[slot]
+        u, moved = self.multiply(rows, sums.delta, k_smem, x.smem["v"].at[slot])
+        x.ring.release(n - 1)
+        decay = None
+        if rows.gates is not None:
+            block = lax.div(n, jnp.int32(tiles.GATE_BLOCK // self.tile.width))
+            decay = rows.gates.across(x.smem["rest"].at[slot], x.gmem["edges"].at[x.batch, x.head_kv], block)
+            u *= decay
+        u = u if rows.of_head is None else u * rows.of_head
+        if rows.gates is not None:
+            sums = sums._replace(all=sums.all + (power(u, self.call.deg) * moved).sum(1))
+        self.add_product(rows, u, moved, decay, k_smem, dq)
+        return sums
+
+    def accumulate_piece(
+        self, x: Block, rows: QueryRows, n: Array, last_piece: Array, piece: Array, sums: RowSums, *, dq: Any
+    ) -> RowSums:
+        """dQ += dS K for 64 keys of tile n, of which some may come after some rows."""
+        slot, offset = x.ring.slot(n), piece * tiles.ROWS - n * self.tile.width
+
+        def part(name: str) -> Any:
+            return x.smem[name].at[slot, pl.ds(pl.multiple_of(offset, tiles.ROWS), tiles.ROWS)]
+
+        u, moved = self.multiply(rows, sums.delta, part("k"), part("v"))
+        ahead, decay = rows.first - piece * tiles.ROWS, None
+        if rows.gates is not None:
+            decay = jnp.where(up_to_diagonal(ahead), rows.gates.within(part("sum")), 0.0)
+            u *= decay
+        elif self.call.causal:
+            u = jnp.where(up_to_diagonal(ahead), u, 0.0)
+        u = u if rows.of_head is None else u * rows.of_head
+        if self.gated or self.call.normalize:
+            weight = power(u, self.call.deg)
+            product = weight * moved
+            if self.gated:
+                earlier = up_to_diagonal(ahead - 1)
+                itself, own = (jnp.where(earlier, 0.0, z).sum(1) for z in (product, weight))
+                sums = sums._replace(itself=sums.itself + itself, own=sums.own + own)
+            sums = sums._replace(all=sums.all + product.sum(1))
+        if self.call.normalize:
+            # Σ_j w_ij (dp_ij − δ_i) should be 0, and is the error that δ has from the rounding of y. Rows that see few keys feel
+            # it: without gates those of the first 64; with gates any, but then what they see is mostly in their last piece.
+            corrects = piece == last_piece if self.gated else last_piece == 0
+            error = sums.all * rows.inverse * jnp.where(corrects, 1.0, 0.0)
+            sums, moved = sums._replace(delta=sums.delta + error), moved - spread_rows(error, tiles.ROWS)
+        if self.call.deg == 1 and self.call.causal and not self.gated:  # u^0 does not know the mask
+            moved = jnp.where(up_to_diagonal(ahead), moved, 0.0)
+        self.add_product(rows, u, moved, decay, part("k"), dq)
+        return sums
+
+    def add_product(self, rows: QueryRows, u: Array, moved: Array, decay: Array | None, k_smem: Any, dq: Any) -> None:
+        """dQ += dS K, left in flight. u carries the gates' p-th root, so u^(p−1) lacks one more of it."""
+        dscore = moved if self.call.deg == 1 else moved * power(u, self.call.deg - 1)
+        dscore = dscore if decay is None else dscore * decay
+        if rows.packing is not None:
+            dscore = clamp(dscore * spread_rows(rows.packing, dscore.shape[1]))
+        plgpu.wgmma(dq, dscore.astype(self.dtype), k_smem)
+
+    def store(self, x: Block, rows: QueryRows, warpgroup: Array, sums: RowSums, dq: Array) -> None:
+        factor = self.call.deg * rows.whole * rows.inverse
+        factor = factor if rows.packing is None else factor / rows.packing
+        q_smem, vectors_smem, here = x.smem["q"].at[warpgroup], x.smem["vectors"].at[warpgroup], pl.ds(rows.first, tiles.ROWS)
+        q_smem[...] = (dq * spread_rows(factor, self.d)).astype(self.dtype)
+        vectors = {"alpha": rows.alpha, "delta": sums.delta}
+        if self.gated:
+            # Normalised, the sum over all j is 0, so that over j < i is what the token itself contributes, negated.
+            earlier = sums.own * sums.all * rows.inverse if self.call.normalize else sums.all
+            vectors["row_sum"] = (earlier - sums.itself) * rows.inverse
+        for i, vector in enumerate(vectors.values()):
+            vectors_smem[i] = vector
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_smem, x.gmem["dq"].at[x.batch, here, x.head])
+        for i, name in enumerate(vectors):
+            plgpu.copy_smem_to_gmem(vectors_smem.at[i], x.gmem[name].at[x.batch, x.head, here])
+        plgpu.wait_smem_to_gmem(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dk and dv
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def differentiate_keys(
@@ -316,197 +403,186 @@ def differentiate_keys(
     ranges: Ranges | None,
 ) -> tuple[Array, Array, Array | None]:
     """dk, dv, and with gates Σ_{i>j} A_ij, float32 `[b, h_kv, t]` filled up to whole blocks."""
-    d, e, dtype = q.shape[-1], v.shape[-1], q.dtype
-    tile = tiles.backward_kv(d, e)
-    block_keys, width, stages = tile.groups * tiles.ROWS, tile.width, tile.stages
-    row_tiles, key_tiles = pl.cdiv(call.t, width), pl.cdiv(call.t_kv, block_keys)
-    head_bytes = call.t * (d + e) * 2 * call.group
-    deck = Deck.make(key_tiles, call.h_kv, call.b, head_bytes, longest_last=False)
+    kernel = BackwardKeys(call, q.shape[-1], v.shape[-1], q.dtype, gates is not None, ranges is not None)
+    column_sum = jax.ShapeDtypeStruct((call.b, call.h_kv, kernel.deck.tiles * BLOCK), jnp.float32)
+    out_type = *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)), *((column_sum,) if kernel.gated else ())
+    body = kernel.power_attention_backward_keys
+    arrays = (q, k, v, dy, queries.alpha, queries.delta, *(gates or ()), *(ranges or ()))
+    dk, dv, *sums = kernel.run(body, kernel.deck, kernel.tile, kernel.scratch(), out_type, *arrays)
+    return dk, dv, sums[0] if sums else None
 
-    def power_attention_backward_keys(
-        q_gmem: Any, k_gmem: Any, v_gmem: Any, dy_gmem: Any, alpha_gmem: Any, delta_gmem: Any, *refs: Any
-    ) -> None:
-        refs = list(refs)
-        gates_gmem = Gates(*(refs.pop(0) for _ in Gates._fields)) if gates is not None else None
-        ranges_gmem = Ranges(*(refs.pop(0) for _ in Ranges._fields)) if ranges is not None else None
-        dk_gmem, dv_gmem = refs.pop(0), refs.pop(0)
-        column_sum_gmem = refs.pop(0) if gates is not None else None
-        (smem,) = refs
-        batch, head_kv, key_tile = deck.deal(lax.axis_index("block"))
-        warpgroup = lax.axis_index("warpgroup")
-        from_tile = key_tile * (block_keys // width) if call.causal else jnp.int32(0)
-        count = row_tiles - from_tile  # tiles of queries of each head that reads these keys
 
-        @pl.when(warpgroup == tile.groups)
-        def _load() -> None:
-            plgpu.set_max_registers(tile.producer_registers, action="decrease")
+class KeyRows(NamedTuple):
+    """A warpgroup's 64 keys: their index, operands (in registers or shared memory), where their gates lie."""
 
-            @pl.loop(0, call.group)
-            def _head(member: Array) -> None:
-                head = head_kv * call.group + member
+    first: Array
+    k: Any
+    v: Any
+    vectors_smem: Any
 
-                @pl.loop(0, count)
-                def _tile(m: Array) -> None:
-                    n = member * count + m
-                    slot, first = lax.rem(n, jnp.int32(stages)), (from_tile + m) * width
-                    full = smem["q_full"].at[slot]
 
-                    @pl.when(n >= stages)
-                    def _() -> None:
-                        plgpu.barrier_wait(smem["q_empty"].at[slot])
+@dataclasses.dataclass(frozen=True)
+class BackwardKeys(Backward):
+    @functools.cached_property
+    def tile(self) -> tiles.Backward:
+        return tiles.backward_kv(self.d, self.e)
 
-                    plgpu.copy_gmem_to_smem(q_gmem.at[batch, pl.ds(first, width), head], smem["q"].at[slot], full)
-                    plgpu.copy_gmem_to_smem(dy_gmem.at[batch, pl.ds(first, width), head], smem["dy"].at[slot], full)
-                    of_queries = (batch, head, pl.ds(first, width))
-                    plgpu.copy_gmem_to_smem(alpha_gmem.at[of_queries], smem["alpha"].at[slot], full)
-                    plgpu.copy_gmem_to_smem(delta_gmem.at[of_queries], smem["delta"].at[slot], full)
-                    if gates_gmem is not None:
-                        plgpu.copy_gmem_to_smem(
-                            gates_gmem.sum.at[batch, head_kv, pl.ds(first, width)], smem["sum"].at[slot], full
-                        )
+    @functools.cached_property
+    def deck(self) -> Deck:
+        call = self.call
+        head_bytes = call.t * (self.d + self.e) * 2 * call.group
+        return Deck.make(pl.cdiv(call.t_kv, BLOCK), call.h_kv, call.b, head_bytes, longest_last=False)
 
-        @pl.when(warpgroup < tile.groups)
-        def _consume() -> None:
-            plgpu.set_max_registers(tile.consumer_registers, action="increase")
-            first = key_tile * block_keys + warpgroup * tiles.ROWS
-            k_smem, v_smem = smem["k"].at[warpgroup], smem["v"].at[warpgroup]
-            kv_full, vector_smem = smem["kv_full"].at[warpgroup], smem["vectors"].at[warpgroup]
-            tokens = (batch, pl.ds(first, tiles.ROWS), head_kv)
-            plgpu.copy_gmem_to_smem(k_gmem.at[tokens], k_smem, kv_full)
-            plgpu.copy_gmem_to_smem(v_gmem.at[tokens], v_smem, kv_full)
-            if gates_gmem is not None:
-                of_keys = (batch, head_kv, pl.ds(first, tiles.ROWS))
-                plgpu.copy_gmem_to_smem(gates_gmem.sum.at[of_keys], vector_smem.at[0], kv_full)
-                plgpu.copy_gmem_to_smem(gates_gmem.rest.at[of_keys], vector_smem.at[1], kv_full)
-            plgpu.barrier_wait(kv_full)
-            own_k, own_v = k_smem, v_smem
-            if tile.fragments:
-                own_k, own_v = (compat.load(x, plgpu.Layout.WGMMA) for x in (k_smem, v_smem))
-            zeros = plgpu.layout_cast(jnp.zeros((tiles.ROWS,), jnp.float32), ROW)
-            pack = None if ranges_gmem is None else [ref[batch, head_kv] for ref in (ranges_gmem.weight, ranges_gmem.dscore)]
+    def scratch(self) -> dict[str, Any]:
+        groups, width, stages = self.tile.groups, self.tile.width, self.tile.stages
+        rows = (groups, tiles.ROWS)
+        operands = {"k": (*rows, self.d), "v": (*rows, self.e), "q": (stages, width, self.d), "dy": (stages, width, self.e)}
+        names = ("alpha", "delta", *(("sum",) if self.gated else ()))
+        vectors = {"vectors": (groups, 2, tiles.ROWS)} | dict.fromkeys(names, (stages, width))
+        barriers = {"kv_full": plgpu.Barrier(num_arrivals=4 if self.gated else 2, num_barriers=groups)}
+        barriers |= Ring.barriers("q", stages, groups, copies=5 if self.gated else 4)
+        return allocate("backward of the attention form, keys", self.dtype, operands, vectors) | barriers
 
-            def after(m: Array, least: int) -> Array:
-                """Whether a query of tile m comes at least `least` tokens after a key."""
-                query = plgpu.broadcasted_iota(jnp.int32, (tiles.ROWS, width), 1, layout=plgpu.Layout.WGMMA)
-                key = plgpu.broadcasted_iota(jnp.int32, (tiles.ROWS,), 0, layout=ROW)
-                return query >= spread_rows(key + (least + first - m * width), width)
+    def power_attention_backward_keys(self, *refs: Any) -> None:
+        *gmem, smem = refs
+        names = (*self.names("q", "k", "v", "dy", "alpha", "delta"), "dk", "dv", *(("column_sum",) if self.gated else ()))
+        batch, head_kv, key_tile = self.deck.deal(lax.axis_index("block"))
+        # Tiles of queries of each head that reads these keys: from the block's own on.
+        count = jnp.int32(pl.cdiv(self.call.t, self.tile.width))
+        if self.call.causal:
+            count -= key_tile * (BLOCK // self.tile.width)
+        ring = Ring.of(smem, "q", self.tile.stages)
+        head = head_kv * self.call.group
+        x = Block(dict(zip(names, gmem, strict=True)), smem, batch, head, head_kv, key_tile * BLOCK, count, ring)
+        self.divide(self.tile, functools.partial(self.load, x), functools.partial(self.consume, x))
 
-            def coefficients(slot: Array, m: Array, edge: bool) -> Array:
-                """a_ij of a tile, keys down and queries across; 0 where the query comes before the key."""
-                a = compat.load(smem["alpha"].at[slot], COLUMN)
-                if gates_gmem is None:
-                    a = spread_columns(a, tiles.ROWS)
-                else:
-                    query_gate = compat.load(smem["sum"].at[slot], COLUMN)
-                    if edge:
-                        key_gate = compat.load(vector_smem.at[0], ROW)
-                        root = jnp.exp2(spread_columns(query_gate, tiles.ROWS) - spread_rows(key_gate, width))
-                        a = root * spread_columns(a, tiles.ROWS)
-                    else:
-                        blocks = lax.div(m * width, jnp.int32(tiles.GATE_BLOCK)), lax.div(first, jnp.int32(tiles.GATE_BLOCK))
-                        query_start = [gates_gmem.edges[batch, head_kv, 4 * blocks[0] + i] for i in range(2)]
-                        end = [gates_gmem.edges[batch, head_kv, 4 * blocks[1] + 2 + i] for i in range(2)]
-                        rest = compat.load(vector_smem.at[1], ROW) * jnp.exp2(
-                            (query_start[0] - end[0]) + (query_start[1] - end[1])
-                        )
-                        a = spread_rows(rest, width) * spread_columns(a * jnp.exp2(query_gate), tiles.ROWS)
-                return jnp.where(after(m, 0), a, 0.0) if edge and call.causal else a
+    def first_query(self, x: Block, m: Array) -> Array:
+        return (x.first if self.call.causal else 0) + m * self.tile.width
 
-            def sums(dk: Any, dv: Any) -> tuple[Array, Array, Array]:
-                def tile_of_queries(m: Array, column_sum: Array, member: Array, *, edge: bool) -> Array:
-                    n = member * count + m
-                    slot = lax.rem(n, jnp.int32(stages))
+    def load(self, x: Block) -> None:
+        """The loading warpgroup: queries of one head after the other, with what the first kernel found, as stages are released."""
 
-                    queries_smem, dy_smem = smem["q"].at[slot], smem["dy"].at[slot]
-                    acc = plgpu.ACC((tiles.ROWS, width), jnp.float32)
+        @pl.loop(0, self.call.group)
+        def _(member: Array) -> None:
+            @pl.loop(0, x.tiles)
+            def _(m: Array) -> None:
+                n, head = member * x.tiles + m, x.head + member
+                x.ring.await_empty(n)
+                slot, here = x.ring.slot(n), pl.ds(self.first_query(x, m), self.tile.width)
+                full = x.ring.full.at[slot]
+                for name in ("q", "dy"):
+                    plgpu.copy_gmem_to_smem(x.gmem[name].at[x.batch, here, head], x.smem[name].at[slot], full)
+                for name in ("alpha", "delta"):
+                    plgpu.copy_gmem_to_smem(x.gmem[name].at[x.batch, head, here], x.smem[name].at[slot], full)
+                if self.gated:
+                    plgpu.copy_gmem_to_smem(x.gmem["sum"].at[x.batch, x.head_kv, here], x.smem["sum"].at[slot], full)
 
-                    def scores(s: Any) -> Array:
-                        plgpu.wgmma(s, own_k, queries_smem.transpose((1, 0)))
-                        return s[...]  # waits for it, and for the sums of the tile before
+    def consume(self, x: Block, warpgroup: Array) -> None:
+        rows = self.receive_rows(x, warpgroup)
+        column_sum, dk, dv = pl.run_scoped(
+            functools.partial(self.sum_tiles, x, rows),
+            *(plgpu.ACC((tiles.ROWS, size), jnp.float32) for size in (self.d, self.e)),
+        )
+        self.store(x, rows, warpgroup, column_sum, dk, dv)
 
-                    plgpu.barrier_wait(smem["q_full"].at[slot])
-                    score = pl.run_scoped(scores, acc)
+    def receive_rows(self, x: Block, warpgroup: Array) -> KeyRows:
+        first = x.first + warpgroup * tiles.ROWS
+        here, full = pl.ds(first, tiles.ROWS), x.smem["kv_full"].at[warpgroup]
+        k_smem, v_smem, vectors_smem = (x.smem[name].at[warpgroup] for name in ("k", "v", "vectors"))
+        for name, target in (("k", k_smem), ("v", v_smem)):
+            plgpu.copy_gmem_to_smem(x.gmem[name].at[x.batch, here, x.head_kv], target, full)
+        for i, name in enumerate(("sum", "rest") if self.gated else ()):
+            plgpu.copy_gmem_to_smem(x.gmem[name].at[x.batch, x.head_kv, here], vectors_smem.at[i], full)
+        plgpu.barrier_wait(full)
+        own = (compat.load(ref, WGMMA) for ref in (k_smem, v_smem)) if self.tile.fragments else (k_smem, v_smem)
+        return KeyRows(first, *own, vectors_smem)
 
-                    @pl.when(n > 0)
-                    def _() -> None:
-                        plgpu.barrier_arrive(smem["q_empty"].at[next_slot(n, stages - 1, stages)])
+    def sum_tiles(self, x: Block, rows: KeyRows, dk: Any, dv: Any) -> tuple[Array, Array, Array]:
+        """Σ_{i>j} A_ij, dK and dV over all queries."""
 
-                    u = coefficients(slot, from_tile + m, edge) * score
-                    lower = power(u, call.deg - 1) if call.deg > 1 else None
-                    weight = u if lower is None else lower * u
-                    rounded = weight if pack is None else jnp.clip(weight * pack[0], -65504.0, 65504.0)
-                    rounded = rounded.astype(dtype)
-
-                    def dweights(moved: Any) -> Array:
-                        delta = compat.load(smem["delta"].at[slot], COLUMN)
-                        start(moved, spread_columns(-delta, tiles.ROWS))  # so that dP − δ is what is summed up
-                        plgpu.wgmma(moved, own_v, dy_smem.transpose((1, 0)))
-                        plgpu.wgmma(dv, rounded, dy_smem)
-                        return moved[...]
-
-                    moved = pl.run_scoped(dweights, acc)
-                    dscore = coefficients(slot, from_tile + m, edge) * moved
-                    dscore = dscore if lower is None else lower * dscore
-                    if gates_gmem is not None:
-                        product = weight * moved
-                        product = jnp.where(after(from_tile + m, 1), product, 0.0) if edge else product
-                        column_sum += product.sum(1)
-                    if pack is not None:
-                        dscore = jnp.clip(dscore * pack[1], -65504.0, 65504.0)
-                    plgpu.wgmma(dk, dscore.astype(dtype), queries_smem)
-                    return column_sum
-
-                def head(member: Array, column_sum: Array) -> Array:
-                    # The block's own queries, which come before some of its keys, or share their block of gates.
-                    edges = jnp.minimum(count, block_keys // width) if call.causal else jnp.int32(0)
-                    edge, inside = (lambda m, x, edge=edge: tile_of_queries(m, x, member, edge=edge) for edge in (True, False))
-                    column_sum = lax.fori_loop(0, edges, edge, column_sum)
-                    return lax.fori_loop(edges, count, inside, column_sum)
-
-                column_sum = lax.fori_loop(0, call.group, head, zeros)
-                return column_sum, dk[...], dv[...]
-
-            column_sum, dk, dv = pl.run_scoped(
-                sums, plgpu.ACC((tiles.ROWS, d), jnp.float32), plgpu.ACC((tiles.ROWS, e), jnp.float32)
+        def of_head(member: Array, column_sum: Array) -> Array:
+            # The block's own queries come before some of its keys, or share their block of gates.
+            own = jnp.minimum(x.tiles, BLOCK // self.tile.width) if self.call.causal else jnp.int32(0)
+            edge, inside = (
+                functools.partial(self.accumulate, x, rows, member, dk=dk, dv=dv, edge=edge) for edge in (True, False)
             )
-            whole = plain(call)
-            dk_factor, dv_factor = call.deg * whole, whole
-            if pack is not None:
-                dv_factor, dk_factor = dv_factor / pack[0], dk_factor / pack[1]
-            k_smem[...] = (dk * dk_factor).astype(dtype)
-            v_smem[...] = (dv * dv_factor).astype(dtype)
-            if column_sum_gmem is not None:
-                vector_smem[0] = column_sum * whole
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(k_smem, dk_gmem.at[tokens])
-            plgpu.copy_smem_to_gmem(v_smem, dv_gmem.at[tokens])
-            if column_sum_gmem is not None:
-                plgpu.copy_smem_to_gmem(vector_smem.at[0], column_sum_gmem.at[batch, head_kv, pl.ds(first, tiles.ROWS)])
-            plgpu.wait_smem_to_gmem(0)
+            column_sum = lax.fori_loop(0, own, edge, column_sum)
+            return lax.fori_loop(own, x.tiles, inside, column_sum)
 
-    rows_of = (tile.groups, tiles.ROWS)
-    operands = {"k": (*rows_of, d), "v": (*rows_of, e), "q": (stages, width, d), "dy": (stages, width, e)}
-    vectors = {"vectors": (tile.groups, 2, tiles.ROWS), "alpha": (stages, width), "delta": (stages, width)}
-    if gates is not None:
-        vectors["sum"] = (stages, width)
-    scratch = allocate("backward of the attention form, keys", dtype, operands, vectors) | {
-        "kv_full": plgpu.Barrier(num_arrivals=2 if gates is None else 4, num_barriers=tile.groups),
-        "q_full": plgpu.Barrier(num_arrivals=4 if gates is None else 5, num_barriers=stages),
-        "q_empty": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=stages),
-    }
-    column_sum_type = jax.ShapeDtypeStruct((call.b, call.h_kv, key_tiles * block_keys), jnp.float32)
-    run = compat.kernel(
-        power_attention_backward_keys,
-        out_type=(
-            jax.ShapeDtypeStruct(k.shape, dtype),
-            jax.ShapeDtypeStruct(v.shape, dtype),
-            *(() if gates is None else (column_sum_type,)),
-        ),
-        scratch_types=(scratch,),
-        grid=(deck.size,),
-        grid_names=("block",),
-        num_threads=tile.groups + 1,
-        thread_name="warpgroup",
-    )
-    dk, dv, *column_sum = run(q, k, v, dy, queries.alpha, queries.delta, *(gates or ()), *(ranges or ()))
-    return dk, dv, column_sum[0] if column_sum else None
+        column_sum = lax.fori_loop(0, self.call.group, of_head, zero_rows())
+        return column_sum, dk[...], dv[...]
+
+    def accumulate(
+        self, x: Block, rows: KeyRows, member: Array, m: Array, column_sum: Array, *, dk: Any, dv: Any, edge: bool
+    ) -> Array:
+        """dV += wᵀ dY and dK += dSᵀ Q for a tile of queries, left in flight."""
+        n = member * x.tiles + m
+        slot, first = x.ring.slot(n), self.first_query(x, m)
+        q_smem, dy_smem = x.smem["q"].at[slot], x.smem["dy"].at[slot]
+        acc = plgpu.ACC((tiles.ROWS, self.tile.width), jnp.float32)
+
+        def scores(score: Any) -> Array:
+            plgpu.wgmma(score, rows.k, q_smem.transpose((1, 0)))
+            return score[...]  # waits for it, and for the sums of the tile before
+
+        x.ring.await_full(n)
+        u = pl.run_scoped(scores, acc)
+        x.ring.release(n - 1)
+        u *= self.coefficients(x, rows, slot, first, edge=edge)
+        lower = None if self.call.deg == 1 else power(u, self.call.deg - 1)
+        weight = u if lower is None else lower * u
+        rounded = self.round(x, weight, "weight")
+
+        def dweights(moved: Any) -> Array:
+            start(moved, spread_columns(-compat.load(x.smem["delta"].at[slot], COLUMN), tiles.ROWS))
+            plgpu.wgmma(moved, rows.v, dy_smem.transpose((1, 0)))
+            plgpu.wgmma(dv, rounded, dy_smem)
+            return moved[...]  # waits for both
+
+        moved = pl.run_scoped(dweights, acc)
+        if self.gated:
+            product = weight * moved
+            product = jnp.where(up_to_diagonal(rows.first - first), 0.0, product) if edge else product
+            column_sum += product.sum(1)
+        moved *= self.coefficients(x, rows, slot, first, edge=edge)
+        plgpu.wgmma(dk, self.round(x, moved if lower is None else lower * moved, "dscore"), q_smem)
+        return column_sum
+
+    def coefficients(self, x: Block, rows: KeyRows, slot: Array, first: Array, *, edge: bool) -> Array:
+        """a_ij of a tile, keys down and queries across; 0 where the query comes before the key."""
+        a = compat.load(x.smem["alpha"].at[slot], COLUMN)
+        if not self.gated:
+            a = spread_columns(a, tiles.ROWS)
+        else:
+            query_gate = compat.load(x.smem["sum"].at[slot], COLUMN)
+            if edge:
+                key_gate = compat.load(rows.vectors_smem.at[0], ROW)
+                root = jnp.exp2(spread_columns(query_gate, tiles.ROWS) - spread_rows(key_gate, self.tile.width))
+                a = root * spread_columns(a, tiles.ROWS)
+            else:
+                edges = x.gmem["edges"].at[x.batch, x.head_kv]
+                query_block, key_block = (4 * lax.div(i, jnp.int32(tiles.GATE_BLOCK)) for i in (first, rows.first))
+                between = (edges[query_block] - edges[key_block + 2]) + (edges[query_block + 1] - edges[key_block + 3])
+                rest = compat.load(rows.vectors_smem.at[1], ROW) * jnp.exp2(between)
+                a = spread_rows(rest, self.tile.width) * spread_columns(a * jnp.exp2(query_gate), tiles.ROWS)
+        return jnp.where(up_to_diagonal(rows.first - first - 1), 0.0, a) if edge and self.call.causal else a
+
+    def round(self, x: Block, value: Array, packing: str) -> Array:
+        """`value` as an operand; float16 packs it into its range first."""
+        return (clamp(value * x.gmem[packing][x.batch, x.head_kv]) if self.half else value).astype(self.dtype)
+
+    def store(self, x: Block, rows: KeyRows, warpgroup: Array, column_sum: Array, dk: Array, dv: Array) -> None:
+        whole = plain(self.call)
+        results = ("k", "dk", dk, self.call.deg * whole, "dscore"), ("v", "dv", dv, whole, "weight")
+        here = pl.ds(rows.first, tiles.ROWS)
+        for name, _, gradient, factor, packing in results:
+            factor = factor / x.gmem[packing][x.batch, x.head_kv] if self.half else factor
+            x.smem[name].at[warpgroup][...] = (gradient * factor).astype(self.dtype)
+        if self.gated:
+            rows.vectors_smem[0] = column_sum * whole
+        plgpu.commit_smem()
+        for name, target, *_ in results:
+            plgpu.copy_smem_to_gmem(x.smem[name].at[warpgroup], x.gmem[target].at[x.batch, here, x.head_kv])
+        if self.gated:
+            plgpu.copy_smem_to_gmem(rows.vectors_smem.at[0], x.gmem["column_sum"].at[x.batch, x.head_kv, here])
+        plgpu.wait_smem_to_gmem(0)

@@ -2,14 +2,17 @@
 
 A block of 64·groups query rows of one head; each consumer warpgroup owns 64 of them and shares the stream of 128-key tiles:
 S = Q Kᵀ from shared memory, S → w in registers, O += w V with w from registers. There is no running maximum and nothing is
-rescaled. The product with V is in flight while the next S is started. One more warpgroup loads.
+rescaled. The product with V is in flight while the next S is started. A row's last tile, on the diagonal, is computed in halves
+of 64 keys: masks and the rounded sum of 128 would spill. One more warpgroup loads.
 
-Shared memory: q_smem (y leaves through it where it fits), k_smem and v_smem in a ring of stages, gates of the keys beside k.
+Shared memory: q (y leaves through it where it fits), k and v in a ring of stages each, gates of the keys beside k.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -20,17 +23,17 @@ from jax import Array, lax
 from bridge import spec
 from jax_power.mosaic_gpu import compat, tiles
 from jax_power.mosaic_gpu.attention_common import (
-    COLUMN,
-    ROW,
     Deck,
     Gates,
+    Ring,
+    RowGates,
     allocate,
-    next_slot,
     plain,
     power,
     scale_rows,
-    spread_columns,
     spread_rows,
+    up_to_diagonal,
+    zero_rows,
 )
 
 
@@ -42,196 +45,223 @@ def attend(call: spec.PowerCall, q: Array, k: Array, v: Array, gates: Gates | No
       gates: of the keys, or None.
       scale: float16: `head_scale(k)`.
     """
-    d, e, dtype = q.shape[-1], v.shape[-1], q.dtype
-    tile = tiles.forward(d, e, gates=gates is not None, half=scale is not None)
-    block_rows, keys, stages = tile.groups * tiles.ROWS, tile.keys, tile.stages
-    row_tiles, key_tiles = pl.cdiv(call.t, block_rows), pl.cdiv(call.t_kv, keys)
-    deck = Deck.make(row_tiles, call.h_q, call.b, call.t_kv * (d + e) * 2 // call.group, longest_last=call.causal)
-
-    def power_attention_forward(q_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
-        refs = list(refs)
-        gates_gmem = Gates(refs.pop(0), refs.pop(0), refs.pop(0)) if gates is not None else None
-        scale_gmem = refs.pop(0) if scale is not None else None
-        y_gmem, norm_gmem, smem = refs
-        batch, head, row_tile = deck.deal(lax.axis_index("block"))
-        head_kv = lax.div(head, jnp.int32(call.group))
-        warpgroup = lax.axis_index("warpgroup")
-        seen = jnp.minimum(key_tiles, pl.cdiv((row_tile + 1) * block_rows, keys)) if call.causal else jnp.int32(key_tiles)
-
-        @pl.when(warpgroup == tile.groups)
-        def _load() -> None:
-            plgpu.set_max_registers(tile.producer_registers, action="decrease")
-
-            @pl.loop(0, seen)
-            def _tile(n: Array) -> None:
-                slot, tokens = lax.rem(n, jnp.int32(stages)), (batch, pl.ds(n * keys, keys), head_kv)
-
-                @pl.when(n >= stages)
-                def _() -> None:
-                    plgpu.barrier_wait(smem["k_empty"].at[slot])
-
-                plgpu.copy_gmem_to_smem(k_gmem.at[tokens], smem["k"].at[slot], smem["k_full"].at[slot])
-                if gates_gmem is not None:
-                    of_keys = (batch, head_kv, pl.ds(n * keys, keys))
-                    plgpu.copy_gmem_to_smem(gates_gmem.sum.at[of_keys], smem["sum"].at[slot], smem["k_full"].at[slot])
-                    plgpu.copy_gmem_to_smem(gates_gmem.rest.at[of_keys], smem["rest"].at[slot], smem["k_full"].at[slot])
-
-                @pl.when(n >= stages)
-                def _() -> None:
-                    plgpu.barrier_wait(smem["v_empty"].at[slot])
-
-                plgpu.copy_gmem_to_smem(v_gmem.at[tokens], smem["v"].at[slot], smem["v_full"].at[slot])
-
-        @pl.when(warpgroup < tile.groups)
-        def _consume() -> None:
-            plgpu.set_max_registers(tile.consumer_registers, action="increase")
-            first = row_tile * block_rows + warpgroup * tiles.ROWS
-            mine = jnp.minimum(seen, lax.div(first, jnp.int32(keys)) + 1) if call.causal else seen
-            q_smem, q_full = smem["q"].at[warpgroup], smem["q_full"].at[warpgroup]
-            plgpu.copy_gmem_to_smem(q_gmem.at[batch, pl.ds(first, tiles.ROWS), head], q_smem, q_full)
-            if gates_gmem is not None:
-                row_gates_smem = smem["row_sum"].at[warpgroup]
-                plgpu.copy_gmem_to_smem(gates_gmem.sum.at[batch, head_kv, pl.ds(first, tiles.ROWS)], row_gates_smem, q_full)
-            plgpu.barrier_wait(q_full)
-            factor = scale_rows(q_smem)
-            of_head = None if scale_gmem is None else scale_gmem[batch, head_kv]
-            if gates_gmem is not None:
-                row_gate = compat.load(row_gates_smem, ROW)
-                row_block = lax.div(first, jnp.int32(tiles.GATE_BLOCK))
-                growth = jnp.exp2(row_gate)
-                start = [gates_gmem.edges[batch, head_kv, 4 * row_block + i] for i in range(2)]
-
-            def decayed(scores: Array, n: Array, keys_smem: Any, last: bool) -> Array:
-                """Scores times the p-th root of the gates between row and key, and float16's scale."""
-                if gates_gmem is not None:
-                    width = scores.shape[1]
-                    if last:
-                        decay = spread_rows(row_gate, width) - spread_columns(compat.load(keys_smem("sum"), COLUMN), tiles.ROWS)
-                        scores = scores * jnp.exp2(decay)
-                    else:
-                        end = [gates_gmem.edges[batch, head_kv, 4 * n + 2 + i] for i in range(2)]
-                        between = growth * jnp.exp2((start[0] - end[0]) + (start[1] - end[1]))
-                        rest = compat.load(keys_smem("rest"), COLUMN)
-                        scores = scores * spread_rows(between, width) * spread_columns(rest, tiles.ROWS)
-                return scores if of_head is None else scores * of_head
-
-            def sums(out: Any) -> tuple[Array, Array, Array]:
-                def weigh(n: Array, half: Array | None = None) -> tuple[Any, Array]:
-                    """Where tile n or one of its halves lies in shared memory, and its weights; ends what was in flight."""
-                    width = keys if half is None else tiles.ROWS
-
-                    def part(name: str) -> Any:
-                        tile_smem = smem[name].at[lax.rem(n, jnp.int32(stages))]
-                        return tile_smem if half is None else tile_smem.at[pl.ds(pl.multiple_of(half * width, width), width)]
-
-                    def score(acc: Any) -> Array:
-                        plgpu.wgmma(acc, q_smem, part("k").transpose((1, 0)))
-                        return acc[...]  # waits for this product, and for O += w V of the tile before
-
-                    scores = pl.run_scoped(score, plgpu.ACC((tiles.ROWS, width), jnp.float32))
-                    return part, power(decayed(scores, n, part, half is not None), call.deg)
-
-                def whole_tile(n: Array, norm: Array) -> Array:
-                    slot = lax.rem(n, jnp.int32(stages))
-                    plgpu.barrier_wait(smem["k_full"].at[slot])
-                    part, weights = weigh(n)
-
-                    @pl.when(n > 0)
-                    def _() -> None:
-                        plgpu.barrier_arrive(smem["v_empty"].at[next_slot(n, stages - 1, stages)])
-
-                    plgpu.barrier_arrive(smem["k_empty"].at[slot])
-                    norm += weights.sum(1)
-                    rounded = weights.astype(dtype)
-                    plgpu.barrier_wait(smem["v_full"].at[slot])
-                    plgpu.wgmma(out, rounded, part("v"))
-                    return norm
-
-                def half_tile(n: Array, half: Array, norm: Array, mean: Array, *, masked: bool) -> tuple[Array, Array]:
-                    """Half of a row's last tile, on the diagonal if `masked`.
-
-                    Here the mean is taken with the rounded weights, so that a row that sees one key gets just its v. (With
-                    many keys, and so in all other tiles, the roundings cancel by themselves.)
-                    """
-                    part, weights = weigh(n, half)
-                    if masked:
-                        row = plgpu.broadcasted_iota(jnp.int32, weights.shape, 0, layout=plgpu.Layout.WGMMA)
-                        column = plgpu.broadcasted_iota(jnp.int32, weights.shape, 1, layout=plgpu.Layout.WGMMA)
-                        weights = jnp.where(column <= row, weights, 0.0)
-                    rounded = weights.astype(dtype)
-                    norm, mean = norm + weights.sum(1), mean + rounded.astype(jnp.float32).sum(1)
-                    plgpu.wgmma(out, rounded, part("v"))
-                    return norm, mean
-
-                zeros = plgpu.layout_cast(jnp.zeros((tiles.ROWS,), jnp.float32), ROW)
-                last = mine - 1
-                norm = mean = lax.fori_loop(0, last, whole_tile, zeros)
-                slot = lax.rem(last, jnp.int32(stages))
-                plgpu.barrier_wait(smem["k_full"].at[slot])
-                plgpu.barrier_wait(smem["v_full"].at[slot])
-                whole_halves = lax.div(lax.rem(first, jnp.int32(keys)), tiles.ROWS) if call.causal else keys // tiles.ROWS
-                norm, mean = lax.fori_loop(
-                    0, whole_halves, lambda half, x: half_tile(last, half, *x, masked=False), (norm, mean)
-                )
-                if call.causal:
-                    norm, mean = half_tile(last, whole_halves, norm, mean, masked=True)
-                out = out[...]
-
-                @pl.when(last > 0)
-                def _() -> None:
-                    plgpu.barrier_arrive(smem["v_empty"].at[next_slot(last, stages - 1, stages)])
-
-                plgpu.barrier_arrive(smem["k_empty"].at[slot])
-                plgpu.barrier_arrive(smem["v_empty"].at[slot])
-                return norm, mean, out
-
-            norm, mean, out = pl.run_scoped(sums, plgpu.ACC((tiles.ROWS, e), jnp.float32))
-
-            @pl.loop(mine, seen)
-            def _skip(n: Array) -> None:  # tiles that only later rows of the block see
-                slot = lax.rem(n, jnp.int32(stages))
-                plgpu.barrier_wait(smem["k_full"].at[slot])
-                plgpu.barrier_arrive(smem["k_empty"].at[slot])
-                plgpu.barrier_wait(smem["v_full"].at[slot])
-                plgpu.barrier_arrive(smem["v_empty"].at[slot])
-
-            if call.normalize:
-                inverse = jnp.where(mean == 0.0, 0.0, 1.0 / mean)
-            else:
-                whole = factor if of_head is None else factor * of_head
-                inverse = plain(call) / power(whole, call.deg)
-            y_smem = smem["y"].at[warpgroup] if "y" in smem else q_smem
-            y_smem[...] = (out * spread_rows(inverse, e)).astype(dtype)
-            smem["norm"][warpgroup] = norm
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_smem, y_gmem.at[batch, pl.ds(first, tiles.ROWS), head])
-            plgpu.copy_smem_to_gmem(smem["norm"].at[warpgroup], norm_gmem.at[batch, head, pl.ds(first, tiles.ROWS)])
-            plgpu.wait_smem_to_gmem(0)
-
-    operands = {"q": (tile.groups, tiles.ROWS, d), "k": (stages, keys, d), "v": (stages, keys, e)}
-    vectors = {"norm": (tile.groups, tiles.ROWS)}
-    if d != e:
-        operands["y"] = (tile.groups, tiles.ROWS, e)
-    if gates is not None:
-        vectors |= {"row_sum": (tile.groups, tiles.ROWS), "sum": (stages, keys), "rest": (stages, keys)}
-    scratch = allocate("forward of the attention form", dtype, operands, vectors) | {
-        "q_full": plgpu.Barrier(num_arrivals=1 if gates is None else 2, num_barriers=tile.groups),
-        "k_full": plgpu.Barrier(num_arrivals=1 if gates is None else 3, num_barriers=stages),
-        "v_full": plgpu.Barrier(num_barriers=stages),
-        "k_empty": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=stages),
-        "v_empty": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=stages),
-    }
+    kernel = Forward(call, q.shape[-1], v.shape[-1], q.dtype, gates is not None, scale is not None)
     out_type = (
-        jax.ShapeDtypeStruct((*q.shape[:3], e), dtype),
-        jax.ShapeDtypeStruct((call.b, call.h_q, row_tiles * block_rows), jnp.float32),
+        jax.ShapeDtypeStruct((*q.shape[:3], kernel.e), q.dtype),
+        jax.ShapeDtypeStruct((call.b, call.h_q, kernel.deck.tiles * kernel.block_rows), jnp.float32),
     )
     run = compat.kernel(
-        power_attention_forward,
+        kernel.power_attention_forward,
         out_type=out_type,
-        scratch_types=(scratch,),
-        grid=(deck.size,),
+        scratch_types=(kernel.scratch(),),
+        grid=(kernel.deck.size,),
         grid_names=("block",),
-        num_threads=tile.groups + 1,
+        num_threads=kernel.tile.groups + 1,
         thread_name="warpgroup",
     )
     return run(q, k, v, *(gates or ()), *(() if scale is None else (scale,)))
+
+
+class Block(NamedTuple):
+    """What a block works on: arrays in device and shared memory by name, its head and rows, and the tiles of keys it sees."""
+
+    gmem: dict[str, Any]
+    smem: dict[str, Any]
+    batch: Array
+    head: Array
+    head_kv: Array
+    first: Array
+    tiles: Array
+    k_ring: Ring
+    v_ring: Ring
+
+
+class Rows(NamedTuple):
+    """A warpgroup's 64 rows: their index, scaled queries in shared memory, what they were scaled by, gates, the head's scale."""
+
+    first: Array
+    q_smem: Any
+    factor: Array
+    gates: RowGates | None
+    of_head: Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """The kernel of a call: its sizes, and what its warpgroups do."""
+
+    call: spec.PowerCall
+    d: int
+    e: int
+    dtype: Any
+    gated: bool
+    half: bool
+
+    @functools.cached_property
+    def tile(self) -> tiles.Forward:
+        return tiles.forward(self.d, self.e, gates=self.gated, half=self.half)
+
+    @property
+    def block_rows(self) -> int:
+        return self.tile.groups * tiles.ROWS
+
+    @functools.cached_property
+    def deck(self) -> Deck:
+        call = self.call
+        head_bytes = call.t_kv * (self.d + self.e) * 2 // call.group
+        return Deck.make(pl.cdiv(call.t, self.block_rows), call.h_q, call.b, head_bytes, longest_last=call.causal)
+
+    def scratch(self) -> dict[str, Any]:
+        groups, keys, stages = self.tile.groups, self.tile.keys, self.tile.stages
+        operands = {"q": (groups, tiles.ROWS, self.d), "k": (stages, keys, self.d), "v": (stages, keys, self.e)}
+        vectors = {"norm": (groups, tiles.ROWS)}
+        if self.d != self.e:
+            operands["y"] = (groups, tiles.ROWS, self.e)
+        if self.gated:
+            vectors |= {"row_sum": (groups, tiles.ROWS), "sum": (stages, keys), "rest": (stages, keys)}
+        barriers = {"q_full": plgpu.Barrier(num_arrivals=2 if self.gated else 1, num_barriers=groups)}
+        barriers |= Ring.barriers("k", stages, groups, copies=3 if self.gated else 1)
+        barriers |= Ring.barriers("v", stages, groups, copies=1)
+        return allocate("forward of the attention form", self.dtype, operands, vectors) | barriers
+
+    def power_attention_forward(self, *refs: Any) -> None:
+        *gmem, smem = refs
+        names = ["q", "k", "v", *(Gates._fields if self.gated else ()), *(("scale",) if self.half else ()), "y", "norm"]
+        batch, head, row_tile = self.deck.deal(lax.axis_index("block"))
+        first, keys = row_tile * self.block_rows, self.tile.keys
+        count = jnp.int32(pl.cdiv(self.call.t_kv, keys))
+        if self.call.causal:
+            count = jnp.minimum(count, pl.cdiv(first + self.block_rows, keys))
+        block = Block(
+            dict(zip(names, gmem, strict=True)), smem, batch, head, lax.div(head, jnp.int32(self.call.group)), first, count,
+            *(Ring.of(smem, name, self.tile.stages) for name in ("k", "v")),
+        )  # fmt: skip
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == self.tile.groups)
+        def _() -> None:
+            plgpu.set_max_registers(self.tile.producer_registers, action="decrease")
+            self.load(block)
+
+        @pl.when(warpgroup < self.tile.groups)
+        def _() -> None:
+            plgpu.set_max_registers(self.tile.consumer_registers, action="increase")
+            self.consume(block, warpgroup)
+
+    def load(self, x: Block) -> None:
+        """The loading warpgroup: keys, with their gates, and values, as stages are released."""
+
+        @pl.loop(0, x.tiles)
+        def _(n: Array) -> None:
+            slot, here = x.k_ring.slot(n), pl.ds(n * self.tile.keys, self.tile.keys)
+            x.k_ring.await_empty(n)
+            full = x.k_ring.full.at[slot]
+            plgpu.copy_gmem_to_smem(x.gmem["k"].at[x.batch, here, x.head_kv], x.smem["k"].at[slot], full)
+            for name in ("sum", "rest") if self.gated else ():
+                plgpu.copy_gmem_to_smem(x.gmem[name].at[x.batch, x.head_kv, here], x.smem[name].at[slot], full)
+            x.v_ring.await_empty(n)
+            plgpu.copy_gmem_to_smem(x.gmem["v"].at[x.batch, here, x.head_kv], x.smem["v"].at[slot], x.v_ring.full.at[slot])
+
+    def consume(self, x: Block, warpgroup: Array) -> None:
+        rows = self.receive_rows(x, warpgroup)
+        mine = x.tiles
+        if self.call.causal:
+            mine = jnp.minimum(mine, lax.div(rows.first, jnp.int32(self.tile.keys)) + 1)
+        sums = functools.partial(self.sum_tiles, x, rows, mine)
+        norm, mean, out = pl.run_scoped(sums, plgpu.ACC((tiles.ROWS, self.e), jnp.float32))
+
+        @pl.loop(mine, x.tiles)
+        def _(n: Array) -> None:  # tiles that only later rows of the block see
+            x.k_ring.skip(n)
+            x.v_ring.skip(n)
+
+        self.store(x, rows, warpgroup, norm, mean, out)
+
+    def receive_rows(self, x: Block, warpgroup: Array) -> Rows:
+        first = x.first + warpgroup * tiles.ROWS
+        here = pl.ds(first, tiles.ROWS)
+        q_smem, full = x.smem["q"].at[warpgroup], x.smem["q_full"].at[warpgroup]
+        plgpu.copy_gmem_to_smem(x.gmem["q"].at[x.batch, here, x.head], q_smem, full)
+        if self.gated:
+            sum_smem = x.smem["row_sum"].at[warpgroup]
+            plgpu.copy_gmem_to_smem(x.gmem["sum"].at[x.batch, x.head_kv, here], sum_smem, full)
+        plgpu.barrier_wait(full)
+        factor = scale_rows(q_smem)
+        gates = RowGates.load(sum_smem, x.gmem["edges"].at[x.batch, x.head_kv], first) if self.gated else None
+        return Rows(first, q_smem, factor, gates, x.gmem["scale"][x.batch, x.head_kv] if self.half else None)
+
+    def sum_tiles(self, x: Block, rows: Rows, mine: Array, out: Any) -> tuple[Array, Array, Array]:
+        """Σ_j w_ij, the same with the last tile's weights rounded, and Σ_j w_ij v_j, over the first `mine` tiles of keys."""
+
+        def whole_tile(n: Array, norm: Array) -> Array:
+            x.k_ring.await_full(n)
+            part, weights = self.weigh(x, rows, n)  # has ended O += w V of the tile before
+            x.v_ring.release(n - 1)
+            x.k_ring.release(n)
+            norm += weights.sum(1)
+            rounded = weights.astype(self.dtype)
+            x.v_ring.await_full(n)
+            plgpu.wgmma(out, rounded, part("v"))
+            return norm
+
+        def half_tile(half: Array, sums: tuple[Array, Array], *, masked: bool = False) -> tuple[Array, Array]:
+            part, weights = self.weigh(x, rows, last, half)
+            if masked:
+                weights = jnp.where(up_to_diagonal(0), weights, 0.0)
+            rounded = weights.astype(self.dtype)
+            plgpu.wgmma(out, rounded, part("v"))
+            # The mean is taken with the rounded weights here, so that a row that sees one key gets just its v. (With many keys,
+            # and so in all other tiles, the roundings cancel by themselves.)
+            norm, mean = sums
+            return norm + weights.sum(1), mean + rounded.astype(jnp.float32).sum(1)
+
+        last = mine - 1
+        norm = lax.fori_loop(0, last, whole_tile, zero_rows())
+        x.k_ring.await_full(last)
+        x.v_ring.await_full(last)
+        halves = jnp.int32(self.tile.keys // tiles.ROWS)
+        if self.call.causal:  # those before the diagonal
+            halves = lax.div(lax.rem(rows.first, jnp.int32(self.tile.keys)), jnp.int32(tiles.ROWS))
+        sums = lax.fori_loop(0, halves, half_tile, (norm, norm))
+        if self.call.causal:
+            sums = half_tile(halves, sums, masked=True)
+        result = out[...]  # waits for all products
+        x.v_ring.release(last - 1)
+        x.k_ring.release(last)
+        x.v_ring.release(last)
+        return *sums, result
+
+    def weigh(self, x: Block, rows: Rows, n: Array, half: Array | None = None) -> tuple[Any, Array]:
+        """Where tile n or one of its halves lies in shared memory, and its weights; ends the products that were in flight."""
+        width = self.tile.keys if half is None else tiles.ROWS
+
+        def part(name: str) -> Any:
+            tile_smem = x.smem[name].at[x.k_ring.slot(n)]
+            return tile_smem if half is None else tile_smem.at[pl.ds(pl.multiple_of(half * width, width), width)]
+
+        def multiply(acc: Any) -> Array:
+            plgpu.wgmma(acc, rows.q_smem, part("k").transpose((1, 0)))
+            return acc[...]
+
+        scores = pl.run_scoped(multiply, plgpu.ACC((tiles.ROWS, width), jnp.float32))
+        if rows.gates is not None:  # a tile has one block of gates, a row's last tile that of the row
+            edges = x.gmem["edges"].at[x.batch, x.head_kv]
+            scores *= rows.gates.across(part("rest"), edges, n) if half is None else rows.gates.within(part("sum"))
+        if rows.of_head is not None:
+            scores *= rows.of_head
+        return part, power(scores, self.call.deg)
+
+    def store(self, x: Block, rows: Rows, warpgroup: Array, norm: Array, mean: Array, out: Array) -> None:
+        if self.call.normalize:
+            inverse = jnp.where(mean == 0.0, 0.0, 1.0 / mean)
+        else:
+            factor = rows.factor if rows.of_head is None else rows.factor * rows.of_head
+            inverse = plain(self.call) / power(factor, self.call.deg)
+        y_smem = rows.q_smem if self.d == self.e else x.smem["y"].at[warpgroup]
+        norm_smem, here = x.smem["norm"].at[warpgroup], pl.ds(rows.first, tiles.ROWS)
+        y_smem[...] = (out * spread_rows(inverse, self.e)).astype(self.dtype)
+        norm_smem[...] = norm
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(y_smem, x.gmem["y"].at[x.batch, here, x.head])
+        plgpu.copy_smem_to_gmem(norm_smem, x.gmem["norm"].at[x.batch, x.head, here])
+        plgpu.wait_smem_to_gmem(0)
