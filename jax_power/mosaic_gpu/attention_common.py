@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
@@ -179,7 +180,7 @@ def _divide(n: Array, by: int) -> tuple[Array, Array]:
 
 
 def allocate(
-    kernel: str, dtype: Any, operands: dict[str, tuple[int, ...]], vectors: dict[str, tuple[int, ...]]
+    kernel: str, dtype: Any, operands: Mapping[str, tuple[int, ...]], vectors: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
     """Shared memory for operands of products, in `dtype`, and for float32 vectors, by name; raises if it cannot fit."""
     tiles.check_smem(kernel, {name: (shape, 2) for name, shape in operands.items()} | {
@@ -188,6 +189,11 @@ def allocate(
     return {name: plgpu.SMEM(shape, dtype, transforms=OPERAND) for name, shape in operands.items()} | {
         name: plgpu.SMEM(shape, jnp.float32) for name, shape in vectors.items()
     }
+
+
+def accumulator(columns: int) -> Any:
+    """float32 sums of a product with 64 rows, for `pl.run_scoped`."""
+    return plgpu.WGMMAAccumulatorRef((tiles.ROWS, columns), jnp.float32)
 
 
 def start(acc: Any, value: Array) -> None:

@@ -35,6 +35,7 @@ from jax_power.mosaic_gpu.attention_common import (
     Ranges,
     Ring,
     RowGates,
+    accumulator,
     allocate,
     clamp,
     inverse_root,
@@ -225,9 +226,7 @@ class BackwardQueries(Backward):
         mine = x.tiles
         if self.call.causal:
             mine = jnp.minimum(mine, lax.div(rows.first, jnp.int32(self.tile.width)) + 1)
-        sums, dq = pl.run_scoped(
-            functools.partial(self.sum_tiles, x, rows, mine), plgpu.ACC((tiles.ROWS, self.d), jnp.float32)
-        )
+        sums, dq = pl.run_scoped(functools.partial(self.sum_tiles, x, rows, mine), accumulator(self.d))
 
         @pl.loop(mine, x.tiles)
         def _(n: Array) -> None:  # tiles that only later rows of the block see
@@ -262,8 +261,8 @@ class BackwardQueries(Backward):
         else:
             alpha, inverse = zero_rows() + 1.0, plain(call) / power(whole, call.deg)
         gates = RowGates.load(vectors_smem.at[1], x.gmem["edges"].at[x.batch, x.head_kv], first) if self.gated else None
-        own = (compat.load(ref, WGMMA) for ref in (q_smem, dy_smem)) if self.tile.fragments else (q_smem, dy_smem)
-        return QueryRows(first, *own, whole, alpha, inverse, delta, packing, of_head, gates)
+        own_q, own_dy = (compat.load(ref, WGMMA) if self.tile.fragments else ref for ref in (q_smem, dy_smem))
+        return QueryRows(first, own_q, own_dy, whole, alpha, inverse, delta, packing, of_head, gates)
 
     def sum_tiles(self, x: Block, rows: QueryRows, mine: Array, dq: Any) -> tuple[RowSums, Array]:
         """The sums over the first `mine` tiles of keys, and dQ before its rows are scaled."""
@@ -304,7 +303,7 @@ class BackwardQueries(Backward):
             plgpu.wgmma(moved, rows.dy, v_smem.transpose((1, 0)))
             return score[...], moved[...]
 
-        acc = plgpu.ACC((tiles.ROWS, width), jnp.float32)
+        acc = accumulator(width)
         return pl.run_scoped(products, acc, acc)
 
     def accumulate(self, x: Block, rows: QueryRows, n: Array, sums: RowSums, dq: Any) -> RowSums:
@@ -350,8 +349,8 @@ class BackwardQueries(Backward):
                 sums = sums._replace(itself=sums.itself + itself, own=sums.own + own)
             sums = sums._replace(all=sums.all + product.sum(1))
         if self.call.normalize:
-            # Σ_j w_ij (dp_ij − δ_i) should be 0, and is the error that δ has from the rounding of y. Rows that see few keys feel
-            # it: without gates those of the first 64; with gates any, but then what they see is mostly in their last piece.
+            # Σ_j w_ij (dp_ij − δ_i) should be 0, and is the error that δ has from the rounding of y. Rows that see few keys
+            # feel it: without gates the first 64 rows, with gates any, but then what they see is mostly in their last piece.
             corrects = piece == last_piece if self.gated else last_piece == 0
             error = sums.all * rows.inverse * jnp.where(corrects, 1.0, 0.0)
             sums, moved = sums._replace(delta=sums.delta + error), moved - spread_rows(error, tiles.ROWS)
@@ -460,7 +459,7 @@ class BackwardKeys(Backward):
         return (x.first if self.call.causal else 0) + m * self.tile.width
 
     def load(self, x: Block) -> None:
-        """The loading warpgroup: queries of one head after the other, with what the first kernel found, as stages are released."""
+        """The loading warpgroup: queries of one head after the other, with what the first kernel found of them."""
 
         @pl.loop(0, self.call.group)
         def _(member: Array) -> None:
@@ -481,7 +480,7 @@ class BackwardKeys(Backward):
         rows = self.receive_rows(x, warpgroup)
         column_sum, dk, dv = pl.run_scoped(
             functools.partial(self.sum_tiles, x, rows),
-            *(plgpu.ACC((tiles.ROWS, size), jnp.float32) for size in (self.d, self.e)),
+            *(accumulator(size) for size in (self.d, self.e)),
         )
         self.store(x, rows, warpgroup, column_sum, dk, dv)
 
@@ -494,8 +493,8 @@ class BackwardKeys(Backward):
         for i, name in enumerate(("sum", "rest") if self.gated else ()):
             plgpu.copy_gmem_to_smem(x.gmem[name].at[x.batch, x.head_kv, here], vectors_smem.at[i], full)
         plgpu.barrier_wait(full)
-        own = (compat.load(ref, WGMMA) for ref in (k_smem, v_smem)) if self.tile.fragments else (k_smem, v_smem)
-        return KeyRows(first, *own, vectors_smem)
+        own_k, own_v = (compat.load(ref, WGMMA) if self.tile.fragments else ref for ref in (k_smem, v_smem))
+        return KeyRows(first, own_k, own_v, vectors_smem)
 
     def sum_tiles(self, x: Block, rows: KeyRows, dk: Any, dv: Any) -> tuple[Array, Array, Array]:
         """Σ_{i>j} A_ij, dK and dV over all queries."""
@@ -519,7 +518,7 @@ class BackwardKeys(Backward):
         n = member * x.tiles + m
         slot, first = x.ring.slot(n), self.first_query(x, m)
         q_smem, dy_smem = x.smem["q"].at[slot], x.smem["dy"].at[slot]
-        acc = plgpu.ACC((tiles.ROWS, self.tile.width), jnp.float32)
+        acc = accumulator(self.tile.width)
 
         def scores(score: Any) -> Array:
             plgpu.wgmma(score, rows.k, q_smem.transpose((1, 0)))

@@ -27,6 +27,7 @@ from jax_power.mosaic_gpu.attention_common import (
     Gates,
     Ring,
     RowGates,
+    accumulator,
     allocate,
     plain,
     power,
@@ -77,7 +78,7 @@ class Block(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A warpgroup's 64 rows: their index, scaled queries in shared memory, what they were scaled by, gates, the head's scale."""
+    """A warpgroup's 64 rows: their index, scaled queries in shared memory and what by, gates, float16's scale of the head."""
 
     first: Array
     q_smem: Any
@@ -168,7 +169,7 @@ class Forward:
         if self.call.causal:
             mine = jnp.minimum(mine, lax.div(rows.first, jnp.int32(self.tile.keys)) + 1)
         sums = functools.partial(self.sum_tiles, x, rows, mine)
-        norm, mean, out = pl.run_scoped(sums, plgpu.ACC((tiles.ROWS, self.e), jnp.float32))
+        norm, mean, out = pl.run_scoped(sums, accumulator(self.e))
 
         @pl.loop(mine, x.tiles)
         def _(n: Array) -> None:  # tiles that only later rows of the block see
@@ -243,7 +244,7 @@ class Forward:
             plgpu.wgmma(acc, rows.q_smem, part("k").transpose((1, 0)))
             return acc[...]
 
-        scores = pl.run_scoped(multiply, plgpu.ACC((tiles.ROWS, width), jnp.float32))
+        scores = pl.run_scoped(multiply, accumulator(width))
         if rows.gates is not None:  # a tile has one block of gates, a row's last tile that of the row
             edges = x.gmem["edges"].at[x.batch, x.head_kv]
             scores *= rows.gates.across(part("rest"), edges, n) if half is None else rows.gates.within(part("sum"))

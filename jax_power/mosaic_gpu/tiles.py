@@ -66,7 +66,7 @@ def backward_q(d: int, e: int, *, gates: bool) -> Backward:
 
 
 def backward_kv(d: int, e: int) -> Backward:
-    """Row of the table for dk and dv: their sums are 64 registers at d = e = 64, which leaves 32 for K and V, but 128 at 128."""
+    """Row of the table for dk and dv: at d = e = 64 their sums are 64 registers, which leaves 32 for K and V; at 128 not."""
     return Backward(groups=2, width=64, stages=6 if d + e == 128 else 3, fragments=d + e == 128)
 
 
