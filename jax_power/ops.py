@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bridge import spec
-from jax_power import cuda_ffi, xla
+from jax_power import cuda_ffi, mosaic_gpu, xla
 from jax_power.platforms import Plan, Plans, fold_batch, run, run_and_save, run_with_saved
 
 # Best first: the first that supports a call serves it unless one is named.
@@ -18,6 +18,10 @@ POWER: dict[str, spec.Implementation] = {
     "cuda_ffi": spec.Implementation(
         fold_batch(cuda_ffi.power.forward), fold_batch(cuda_ffi.power.backward), cuda_ffi.power.supports, cuda_ffi.power.plan,
         wide_output=False,
+    ),
+    "mosaic_gpu": spec.Implementation(
+        fold_batch(mosaic_gpu.power.forward), fold_batch(mosaic_gpu.power.backward), mosaic_gpu.power.supports,
+        mosaic_gpu.power.plan, wide_output=False,
     ),
     "xla": spec.Implementation(xla.power.forward, xla.power.backward, xla.power.supports),
 }  # fmt: skip

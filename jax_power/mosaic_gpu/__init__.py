@@ -1,0 +1,5 @@
+"""The fused implementation: Pallas kernels for Hopper GPUs, compiled by Mosaic GPU."""
+
+from jax_power.mosaic_gpu import power
+
+__all__ = ["power"]
