@@ -9,56 +9,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from bridge.spec_sdpa import SdpaCall
-from jax_power.mosaic_gpu import sdpa_bwd, sdpa_fwd
+from jax_power.mosaic_gpu import sdpa_bias, sdpa_bwd, sdpa_fwd
+from jax_power.mosaic_gpu.sdpa_scores import Extra, padded
 
-HEAD_STEP = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Extra:
-    """A bias, or a mask as 0 and −∞, as the kernels add it to the scores, in float32 or 16 bits.
-
-    kind "tile": `[b, h_q, t, s]`, loaded by TMA with the keys; "row": `[b, h_q, t]`, one number a query; "col": `[b, h_q, s]`, one
-    a key. The first two axes may have size 1.
-    """
-
-    kind: str
-    array: Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.array.dtype
-
-
-def extras_of(call: SdpaCall, bias: Array | None, mask: Array | None) -> list[Extra]:
-    """The bias and the mask as at most two additive operands; one if they have the same shape."""
-    parts = []
-    if bias is not None:
-        parts.append(bias if bias.dtype in (jnp.float16, jnp.bfloat16, jnp.float32) else bias.astype(jnp.float32))
-    if mask is not None:
-        if bias is not None and bias.shape == mask.shape:
-            parts = [jnp.where(mask, parts[0], -jnp.inf)]
-        else:
-            parts.append(jnp.where(mask, 0.0, -jnp.inf).astype(call.dtype))
-    return [_extra(call, x) for x in parts]
-
-
-def _extra(call: SdpaCall, x: Array) -> Extra:
-    if x.shape[2] == 1:
-        return Extra("col", _padded(jnp.broadcast_to(x, (*x.shape[:3], call.s))[:, :, 0], 2, 256))
-    if x.shape[3] == 1:
-        return Extra("row", _padded(x[..., 0], 2, 384))
-    return Extra("tile", _padded(_padded(x, 3, 64), 2, 8))
-
-
-def _padded(x: Array, axis: int, step: int) -> Array:
-    """x with zeros behind its end along an axis, up to a multiple of `step`."""
-    missing = -x.shape[axis] % step
-    return jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)]) if missing else x
+# TMA takes sequences in units of 8 (the rows of a swizzled tile) and head sizes in units of 64 (its 128 bytes).
+LENGTH_STEP, HEAD_STEP = 8, 64
+# Numbers of each query or key that kernels read without TMA's bounds: up to the least common multiple of all tiles' rows.
+VECTOR_STEP = 384
 
 
 def forward(
@@ -72,22 +29,17 @@ def forward(
     key_lengths: Array | None,
     tiles: Any = None,
 ) -> tuple[Array, Array]:
-    """Output `[b, t, h_q, e]` in the operands' dtype and log-sum-exp `[b, h_q, t]` in float32."""
+    """Output `[b, t, h_q, e]` in the operands' dtype and log-sum-exp `[b, h_q, t]` in float32, of checked operands."""
     if call.b * call.h_q * call.t == 0 or call.s == 0:
         out = jnp.zeros((call.b, call.t, call.h_q, call.e), q.dtype)
         return out, jnp.full((call.b, call.h_q, call.t), -jnp.inf, jnp.float32)
-    tiles = sdpa_fwd.Tiles() if tiles is None else tiles
-    q, k, v = (_padded(_padded(x, 3, HEAD_STEP), 1, 8) for x in (q, k, v))
+    call, _, q = _positive(call, q)
+    q, k, v = (_for_tma(x) for x in (q, k, v))
     lengths = [x for x in (query_lengths, key_lengths) if x is not None]
-    out, lse = sdpa_fwd.forward(call, tiles, q, k, v, extras_of(call, bias, mask), lengths)
+    extras = _extras(call, bias, mask)
+    tiles = sdpa_fwd.Tiles() if tiles is None else tiles
+    out, lse = sdpa_fwd.forward(call, tiles, q, k, v, extras, lengths)
     return out[:, : call.t, :, : call.e], lse[..., : call.t]
-
-
-def _transposed(x: Extra) -> Extra:
-    """The same for scores with keys along the first axis."""
-    if x.kind == "tile":
-        return Extra("tile", _padded(_padded(x.array.swapaxes(2, 3), 3, 64), 2, 8))
-    return Extra({"row": "col", "col": "row"}[x.kind], x.array)
 
 
 def backward(
@@ -104,15 +56,72 @@ def backward(
     dout: Array,
     tiles: Any = None,
 ) -> tuple[Array, Array, Array, Array | None]:
-    tiles_q, tiles_kv = (sdpa_bwd.Tiles(), sdpa_bwd.Tiles()) if tiles is None else tiles
+    """Gradients dq, dk, dv of Σ out·dout in the operands' dtype, and dbias if `call.bias_grad`, else None."""
+    if call.b * call.h_q * call.t == 0 or call.s == 0:
+        dq, dk, dv = (jnp.zeros(x.shape, x.dtype) for x in (q, k, v))
+        return dq, dk, dv, jnp.zeros(bias.shape, bias.dtype) if call.bias_grad else None
+    call, sign, q = _positive(call, q)
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     start = jnp.where(lse == -jnp.inf, -jnp.inf, lse / -call.scale)
-    missing = [(0, 0), (0, 0), (0, -call.t % 384)]
-    stats = jnp.stack([jnp.pad(start, missing, constant_values=-jnp.inf), jnp.pad(-delta, missing)], 2)
-    q, k, v, dout = (_padded(_padded(x, 3, HEAD_STEP), 1, 8) for x in (q, k, v, dout))
+    behind = [(0, 0), (0, 0), (0, -call.t % VECTOR_STEP)]
+    stats = jnp.stack([jnp.pad(start, behind, constant_values=-jnp.inf), jnp.pad(-delta, behind)], 2)
     lengths = [x for x in (query_lengths, key_lengths) if x is not None]
-    extras = extras_of(call, bias, mask)
-    arrays = q, k, v, dout, stats
-    (dq,) = sdpa_bwd.gradient_q(call, tiles_q, *arrays, extras, lengths)
-    dk, dv = sdpa_bwd.gradient_kv(call, tiles_kv, *arrays, [_transposed(x) for x in extras], lengths)
-    return dq[:, : call.t, :, : call.d], dk[:, : call.s, :, : call.d], dv[:, : call.s, :, : call.e], None
+    operands = sdpa_bwd.Operands(*(_for_tma(x) for x in (q, k, v, dout)), stats, _extras(call, bias, mask), lengths)
+    of_keys = operands._replace(extras=[x.transposed() for x in operands.extras])
+
+    kind = operands.extras[0].kind if call.bias_grad else ""
+    tiles_q, tiles_kv, tiles_bias = (sdpa_bwd.Tiles(),) * 3 if tiles is None else tiles
+    dq, *row_sums = sdpa_bwd.gradient_q(call, tiles_q, operands, sums=kind == "row")
+    if max(call.d, call.e) <= 128:
+        dk, dv, *col_sums = sdpa_bwd.gradient_kv(call, tiles_kv, of_keys, wanted="kv", sums=kind == "col")
+    else:
+        dk, *col_sums = sdpa_bwd.gradient_kv(call, tiles_kv, of_keys, wanted="k", sums=kind == "col")
+        (dv,) = sdpa_bwd.gradient_kv(call, tiles_kv, of_keys, wanted="v", sums=False)
+    dbias = None
+    if kind == "tile":
+        dbias = sdpa_bias.gradient_bias(call, tiles_bias, operands)[:, :, : call.t, : call.s]
+    elif kind == "row":
+        dbias = _summed(row_sums[0][:, :, : call.t, None], bias.shape)
+    elif kind == "col":
+        dbias = _summed(col_sums[0][:, :, None, : call.s], bias.shape)
+    dq = dq[:, : call.t, :, : call.d]
+    return dq if sign > 0 else dq * sign, dk[:, : call.s, :, : call.d], dv[:, : call.s, :, : call.e], dbias
+
+
+def _positive(call: SdpaCall, q: Array) -> tuple[SdpaCall, int, Array]:
+    """The same scores with a positive scale, as the kernels need it: q takes the sign (0 for scale 0), exactly."""
+    sign = (call.scale > 0) - (call.scale < 0)
+    if sign > 0:
+        return call, sign, q
+    return dataclasses.replace(call, scale=abs(call.scale) or 1.0), sign, q * sign
+
+
+def _for_tma(x: Array) -> Array:
+    """`[b, length, h, size]` with both sizes as TMA takes them."""
+    return padded(x, (1, LENGTH_STEP), (3, HEAD_STEP))
+
+
+def _extras(call: SdpaCall, bias: Array | None, mask: Array | None) -> list[Extra]:
+    """The bias and the mask as at most two additive operands, the bias first; one if they have the same shape."""
+    found = []
+    if bias is not None:
+        found.append(bias if bias.dtype in (jnp.float16, jnp.bfloat16, jnp.float32) else bias.astype(jnp.float32))
+    if mask is not None and bias is not None and bias.shape == mask.shape:
+        found = [jnp.where(mask, found[0], -jnp.inf)]
+    elif mask is not None:
+        found.append(jnp.where(mask, 0.0, -jnp.inf).astype(call.dtype))
+    return [_extra(call, x) for x in found]
+
+
+def _extra(call: SdpaCall, x: Array) -> Extra:
+    """`[b, h_q, t, s]`, each axis the full size or 1, as the kernels take it."""
+    if x.shape[2] == 1:
+        return Extra("col", padded(jnp.broadcast_to(x, (*x.shape[:3], call.s))[:, :, 0], (2, VECTOR_STEP)))
+    if x.shape[3] == 1:
+        return Extra("row", padded(x[..., 0], (2, VECTOR_STEP)))
+    return Extra("tile", padded(x, (2, LENGTH_STEP), (3, HEAD_STEP)))
+
+
+def _summed(x: Array, shape: tuple[int, ...]) -> Array:
+    """x summed over the axes that have size 1 in `shape`."""
+    return x.sum(tuple(axis for axis, n in enumerate(shape) if n == 1), keepdims=True)

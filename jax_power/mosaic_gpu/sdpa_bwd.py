@@ -1,17 +1,19 @@
-"""Backward of scaled dot-product attention on Hopper in two kernels without atomics: one for dq, one for dk and dv.
+"""Backward of scaled dot-product attention on Hopper, without atomics: one kernel for dq, one for dk and dv.
 
     P = exp(S − L)      dP = dO Vᵀ      dS = P ∘ (dP − δ)      dQ = scale · dS K      dK = scale · dSᵀ Q      dV = Pᵀ dO
 
 `gradient_q`: a consumer warpgroup holds 64 queries and walks over tiles of keys. `gradient_kv`: it holds 64 keys, computes Sᵀ
-and dPᵀ, and walks over tiles of queries, and over the query heads that read its key-value head. In both the last warpgroup
-loads by TMA into a ring, P and dS go back into the matrix units from registers, and the last products of a tile run while the
-first ones of the next are issued.
+and dPᵀ, and walks over tiles of queries, for every query head that reads its key-value head. In both the last warpgroup loads
+by TMA into a ring, P and dS go back to the matrix units from registers, and a tile's last products run while the first ones of
+the next tile are issued. The accumulators of S and dP start at −L and −δ instead of 0, which saves both subtractions.
+Memory: the operands that stay, (d + e) · 2 bytes · 64 · groups, their gradients in the same place; a ring of the others.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -21,8 +23,7 @@ from jax import Array, lax
 
 from bridge.spec_sdpa import SdpaCall
 from jax_power.mosaic_gpu import compat
-from jax_power.mosaic_gpu.sdpa_fwd import COL, LOG2_E, ROW, ROWS, WGMMA
-from jax_power.mosaic_gpu.sdpa_visible import Visible
+from jax_power.mosaic_gpu.sdpa_scores import COL, LOG2_E, ROW, ROWS, WGMMA, Extra, Extras, Visible, item, walk
 
 
 class Tiles(NamedTuple):
@@ -31,185 +32,132 @@ class Tiles(NamedTuple):
     stages: int = 2
     consumer_registers: int = 240
     producer_registers: int = 24
-    registers_a: bool = False  # operands that stay are kept in registers
-    overlap: bool = True
-    head_group: int = 8
+    registers_a: bool = False
 
 
-def _decode(call, tiles, blocks, heads, *, longest_last: bool):
-    """(batch, head, block) of this thread block."""
-    together = next(n for n in range(min(tiles.head_group, call.b * heads), 0, -1) if (call.b * heads) % n == 0)
-    n = lax.axis_index("item")
-    per_group = together * blocks
-    within = lax.rem(n, jnp.int32(per_group))
-    head = lax.div(n, jnp.int32(per_group)) * together + lax.rem(within, jnp.int32(together))
-    block = lax.div(within, jnp.int32(together))
-    block = blocks - 1 - block if longest_last else block
-    return lax.div(head, jnp.int32(heads)), lax.rem(head, jnp.int32(heads)), block
+class Operands(NamedTuple):
+    """What both kernels read. q, dout `[b, t, h_q, ·]`, k, v `[b, s, h_kv, ·]`, lengths padded to 8, sizes to 64.
+
+    stats `[b, h_q, 2, ·]`: where the accumulators of a query's S and dP start, −L / scale and −δ; −∞ and 0 behind the end.
+    extras: additive operands; lengths: int32 `[b]` of queries and keys, those that the call has.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    dout: Array
+    stats: Array
+    extras: Sequence[Extra]
+    lengths: Sequence[Array]
+
+    def arrays(self) -> list[Array]:
+        return [*self[:5], *(x.array for x in self.extras), *self.lengths]
+
+    def split(self, refs: Sequence[Any]) -> tuple[Sequence[Any], Extras, Sequence[Any], Sequence[Any]]:
+        """A kernel's references as those of the first five, the extras, the lengths and the outputs."""
+        extras, rest = refs[5 : 5 + len(self.extras)], refs[5 + len(self.extras) :]
+        return refs[:5], Extras(self.extras, extras), rest[: len(self.lengths)], rest[len(self.lengths) :]
 
 
-def _visible(call, batch, length_gmem, width):
-    queries, keys = call.t, call.s
-    if call.query_lengths:
-        queries = jnp.clip(length_gmem[0][batch], 0, call.t)
-    if call.key_lengths:
-        keys = jnp.clip(length_gmem[-1][batch], 0, call.s)
-    return Visible.of(call, queries, keys, width)
-
-
-def gradient_q(call: SdpaCall, tiles: Tiles, q, k, v, dout, stats, extras, lengths, *, rows_grad: bool = False):
-    """dq `[b, t, h_q, d]`; with `rows_grad` also the sum of dS over each row `[b, h_q, t]`. stats: L in base 2 and δ, `[b, h_q, 2, t]`."""
-    d, e = q.shape[-1], v.shape[-1]
-    rows = tiles.groups * ROWS
+def gradient_q(call: SdpaCall, tiles: Tiles, operands: Operands, *, sums: bool) -> tuple[Array, ...]:
+    """dq in the shape of q; with `sums`, also Σ_j dS of every query `[b, h_q, ·]`, the gradient of a bias of queries."""
+    q, k, v = operands[:3]
+    d, e, dtype = q.shape[-1], v.shape[-1], q.dtype
+    rows, width, ring = tiles.groups * ROWS, tiles.width, tiles.stages
     row_blocks = -(-call.t // rows)
-    tile_extras = [x for x in extras if x.kind == "tile"]
 
-    def body(*refs):
-        q_gmem, k_gmem, v_gmem, dout_gmem, stats_gmem, *rest = refs
-        extra_gmem, rest = rest[: len(extras)], rest[len(extras) :]
-        length_gmem, outs = rest[: len(lengths)], rest[len(lengths) :]
-        dq_gmem = outs[0]
-        batch, head, block = _decode(call, tiles, row_blocks, call.h_q, longest_last=True)
+    def body(*refs: Any) -> None:
+        (q_gmem, k_gmem, v_gmem, dout_gmem, stats_gmem), extras, lengths, (dq_gmem, *sums_gmem) = operands.split(refs)
+        batch, head, block = item(call.b, call.h_q, row_blocks, last_first=True)
         kv_head = lax.div(head, jnp.int32(call.group))
-        visible = _visible(call, batch, length_gmem, tiles.width)
+        visible = Visible.of(call, batch, lengths, width)
         row = block * rows
-        blocks = visible.key_blocks(row, rows, tiles.width)
+        blocks = visible.key_blocks(row, rows, width)
 
-        def pick(x):
-            return (batch if x.shape[0] != 1 else 0, head if x.shape[1] != 1 else 0)
-
-        def scoped(q_smem, dout_smem, k_smem, v_smem, sum_smem, extra_smem, own_full, k_full, v_full, k_empty, v_empty):
+        def run(q_smem, dout_smem, k_smem, v_smem, extras_smem, sums_smem, own_full, k_full, v_full, k_empty, v_empty):
             group = lax.axis_index("group")
 
             @pl.when(group == tiles.groups)
-            def _load():
+            def load() -> None:
                 plgpu.set_max_registers(tiles.producer_registers, action="decrease")
 
                 @pl.loop(blocks.first, blocks.last)
                 def _(i):
                     step = i - blocks.first
-                    slot = lax.rem(step, jnp.int32(tiles.stages))
-                    at = pl.ds(i * tiles.width, tiles.width)
-
-                    @pl.when(step >= tiles.stages)
-                    def _():
-                        plgpu.barrier_wait(k_empty.at[slot])
-
+                    slot = lax.rem(step, jnp.int32(ring))
+                    at = pl.ds(i * width, width)
+                    pl.when(step >= ring)(lambda: plgpu.barrier_wait(k_empty.at[slot]))
                     plgpu.copy_gmem_to_smem(k_gmem.at[batch, at, kv_head], k_smem.at[slot], k_full.at[slot])
-                    tiled = [g for x, g in zip(extras, extra_gmem, strict=True) if x.kind == "tile"]
-                    for x, gmem, smem in zip(tile_extras, tiled, extra_smem, strict=True):
-                        plgpu.copy_gmem_to_smem(gmem.at[*pick(x), pl.ds(row, rows), at], smem.at[slot], k_full.at[slot])
-
-                    @pl.when(step >= tiles.stages)
-                    def _():
-                        plgpu.barrier_wait(v_empty.at[slot])
-
+                    extras.copy(batch, head, pl.ds(row, rows), at, extras_smem, slot, k_full.at[slot])
+                    pl.when(step >= ring)(lambda: plgpu.barrier_wait(v_empty.at[slot]))
                     plgpu.copy_gmem_to_smem(v_gmem.at[batch, at, kv_head], v_smem.at[slot], v_full.at[slot])
 
             @pl.when(group < tiles.groups)
-            def _differentiate():
+            def differentiate() -> None:
                 plgpu.set_max_registers(tiles.consumer_registers, action="increase")
                 own_row = row + group * ROWS
-                at = pl.ds(own_row, ROWS)
-                plgpu.copy_gmem_to_smem(q_gmem.at[batch, at, head], q_smem.at[group], own_full.at[group])
-                plgpu.copy_gmem_to_smem(dout_gmem.at[batch, at, head], dout_smem.at[group], own_full.at[group])
-                own = visible.key_blocks(own_row, ROWS, tiles.width)
-                start, minus_delta = (compat.load(stats_gmem.at[batch, head, n, at], ROW, optimized=False) for n in (0, 1))
-                row_extras = [
-                    compat.load(g.at[*pick(x), at], ROW, optimized=False)
-                    for x, g in zip(extras, extra_gmem, strict=True)
-                    if x.kind == "row"
-                ]
+                own_at = pl.ds(own_row, ROWS)
+                plgpu.copy_gmem_to_smem(q_gmem.at[batch, own_at, head], q_smem.at[group], own_full.at[group])
+                plgpu.copy_gmem_to_smem(dout_gmem.at[batch, own_at, head], dout_smem.at[group], own_full.at[group])
+                starts = [compat.load(stats_gmem.at[batch, head, n, own_at], ROW, optimized=False) for n in (0, 1)]
+                row_extras = extras.rows(batch, head, own_at)
                 plgpu.barrier_wait(own_full.at[group])
                 own_q, own_dout = q_smem.at[group], dout_smem.at[group]
                 if tiles.registers_a:
-                    own_q, own_dout = (compat.load(x, WGMMA) for x in (own_q, own_dout))
+                    own_q, own_dout = compat.load(own_q, WGMMA), compat.load(own_dout, WGMMA)
 
-                def step(i, sums, dq_ref, *, masked):
+                def step(i, row_sums, dq_acc, *, masked):
                     n = i - blocks.first
-                    slot = lax.rem(n, jnp.int32(tiles.stages))
-                    slot_before = lax.rem(n + (tiles.stages - 1), jnp.int32(tiles.stages))
+                    slot, slot_before = (lax.rem(n + back, jnp.int32(ring)) for back in (0, ring - 1))
                     plgpu.barrier_wait(k_full.at[slot])
 
-                    def products(s_ref, dp_ref):
-                        s_ref[...] = lax.broadcast_in_dim(start, (ROWS, tiles.width), [0])
-                        dp_ref[...] = lax.broadcast_in_dim(minus_delta, (ROWS, tiles.width), [0])
-                        plgpu.wgmma(s_ref, own_q, k_smem.at[slot].T)
+                    def products(s_acc, dp_acc):
+                        s_acc[...], dp_acc[...] = (lax.broadcast_in_dim(x, (ROWS, width), [0]) for x in starts)
+                        plgpu.wgmma(s_acc, own_q, k_smem.at[slot].T)
                         plgpu.barrier_wait(v_full.at[slot])
-                        plgpu.wgmma(dp_ref, own_dout, v_smem.at[slot].T)
-                        s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-                        if tiles.overlap:
+                        plgpu.wgmma(dp_acc, own_dout, v_smem.at[slot].T)
+                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1) * (call.scale * LOG2_E)
+                        # S is there, so dQ of the tile before, which was issued earlier, is too.
+                        pl.when(n > 0)(lambda: plgpu.barrier_arrive(k_empty.at[slot_before]))
+                        own_tiles = [x.at[slot, pl.ds(group * ROWS, ROWS)] for x in extras_smem]
+                        p = jnp.exp2(extras.add(s, batch, head, row_extras, pl.ds(i * width, width), own_tiles))
+                        seen = visible.mask(own_row, i * width, p.shape) if masked else None
+                        return p if seen is None else jnp.where(seen, p, 0.0), dp_acc[...]
 
-                            @pl.when(n > 0)
-                            def _():
-                                plgpu.barrier_arrive(k_empty.at[slot_before])
-
-                        factor = call.scale * LOG2_E
-                        if extras:
-                            s, factor = s * factor, 1.0
-                        tiled, rowed = iter(extra_smem), iter(row_extras)
-                        for x, g in zip(extras, extra_gmem, strict=True):
-                            if x.kind == "tile":
-                                part = compat.load(next(tiled).at[slot, pl.ds(group * ROWS, ROWS)], WGMMA)
-                            elif x.kind == "row":
-                                part = lax.broadcast_in_dim(next(rowed), s.shape, [0])
-                            else:
-                                part = compat.load(g.at[*pick(x), pl.ds(i * tiles.width, tiles.width)], COL, optimized=False)
-                                part = lax.broadcast_in_dim(part, s.shape, [1])
-                            s = s + part.astype(jnp.float32) * LOG2_E
-                        p = jnp.exp2(s * factor)
-                        seen = visible.mask(own_row, i * tiles.width, s.shape) if masked else None
-                        if seen is not None:
-                            p = jnp.where(seen, p, 0.0)
-                        return p, dp_ref[...]
-
-                    tile = plgpu.ACC((ROWS, tiles.width), jnp.float32)
+                    tile = plgpu.ACC((ROWS, width), jnp.float32)
                     p, dp = pl.run_scoped(products, tile, tile)
                     plgpu.barrier_arrive(v_empty.at[slot])
                     ds = p * dp
-                    if rows_grad:
-                        sums = sums + ds.sum(axis=1)
-                    plgpu.wgmma(dq_ref, ds.astype(q_gmem.dtype), k_smem.at[slot])
-                    if not tiles.overlap:
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(k_empty.at[slot])
-                    return sums
+                    plgpu.wgmma(dq_acc, ds.astype(dtype), k_smem.at[slot])
+                    return row_sums + ds.sum(axis=1) if sums else None
 
-                def walk(dq_ref):
-                    sums = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW) if rows_grad else None
-                    full_first = jnp.clip(own.full_first, blocks.first, blocks.last)
-                    full_last = jnp.clip(own.full_last, full_first, blocks.last)
-                    one = functools.partial(step, dq_ref=dq_ref)
-                    begin = blocks.first
-                    if visible.left is not None:
-                        sums = lax.fori_loop(begin, full_first, functools.partial(one, masked=True), sums)
-                        begin = full_first
-                    sums = lax.fori_loop(begin, full_last, functools.partial(one, masked=False), sums)
-                    if visible.right is not None or visible.left is not None or visible.counts_keys:
-                        sums = lax.fori_loop(full_last, blocks.last, functools.partial(one, masked=True), sums)
-                    return (dq_ref[...], sums) if rows_grad else dq_ref[...]
+                def walk_keys(dq_acc):
+                    row_sums = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW) if sums else None
+                    own = visible.key_blocks(own_row, ROWS, width)
+                    masks = visible.left is not None, visible.right is not None or visible.counts_keys
+                    one = functools.partial(step, dq_acc=dq_acc)
+                    row_sums = walk(one, row_sums, blocks.first, blocks, own, masks)
+                    return (dq_acc[...], row_sums) if sums else (dq_acc[...],)
 
-                dq = pl.run_scoped(walk, plgpu.ACC((ROWS, d), jnp.float32))
-                if rows_grad:
-                    dq, sums = dq
-                q_smem[group] = (dq * call.scale).astype(q_gmem.dtype)
-                if rows_grad:
-                    sum_smem[group] = sums
+                dq, *row_sums = pl.run_scoped(walk_keys, plgpu.ACC((ROWS, d), jnp.float32))
+                q_smem[group] = (dq * call.scale).astype(dtype)
+                if sums:
+                    sums_smem[group] = row_sums[0]
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(q_smem.at[group], dq_gmem.at[batch, at, head])
-                if rows_grad:
-                    plgpu.copy_smem_to_gmem(sum_smem.at[group], outs[1].at[batch, head, at])
+                plgpu.copy_smem_to_gmem(q_smem.at[group], dq_gmem.at[batch, own_at, head])
+                if sums:
+                    plgpu.copy_smem_to_gmem(sums_smem.at[group], sums_gmem[0].at[batch, head, own_at])
                 plgpu.wait_smem_to_gmem(0)
 
-        ring = tiles.stages
+        tile_extras = Extras.tiles(operands.extras, ring, rows, width)
         pl.run_scoped(
-            scoped,
-            plgpu.SMEM((tiles.groups, ROWS, d), q.dtype),
-            plgpu.SMEM((tiles.groups, ROWS, e), q.dtype),
-            plgpu.SMEM((ring, tiles.width, d), q.dtype),
-            plgpu.SMEM((ring, tiles.width, e), q.dtype),
-            plgpu.SMEM((tiles.groups, ROWS), jnp.float32) if rows_grad else None,
-            [plgpu.SMEM((ring, rows, tiles.width), x.dtype) for x in tile_extras],
+            run,
+            plgpu.SMEM((tiles.groups, ROWS, d), dtype),
+            plgpu.SMEM((tiles.groups, ROWS, e), dtype),
+            plgpu.SMEM((ring, width, d), dtype),
+            plgpu.SMEM((ring, width, e), dtype),
+            tile_extras,
+            plgpu.SMEM((tiles.groups, ROWS), jnp.float32) if sums else None,
             plgpu.Barrier(num_barriers=tiles.groups, num_arrivals=2),
             plgpu.Barrier(num_barriers=ring, num_arrivals=1 + len(tile_extras)),
             plgpu.Barrier(num_barriers=ring),
@@ -218,45 +166,36 @@ def gradient_q(call: SdpaCall, tiles: Tiles, q, k, v, dout, stats, extras, lengt
             collective_axes="group",
         )
 
-    out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    if rows_grad:
+    out_type = [jax.ShapeDtypeStruct(q.shape, dtype)]
+    if sums:
         out_type.append(jax.ShapeDtypeStruct((call.b, call.h_q, row_blocks * rows), jnp.float32))
-    return compat.kernel(
-        body,
-        out_type=tuple(out_type),
-        grid=(row_blocks * call.b * call.h_q,),
-        grid_names=("item",),
-        num_threads=tiles.groups + 1,
-        thread_name="group",
-    )(q, k, v, dout, stats, *(x.array for x in extras), *lengths)
+    return _kernel(body, tiles, out_type, row_blocks * call.b * call.h_q)(*operands.arrays())
 
 
-def gradient_kv(call: SdpaCall, tiles: Tiles, q, k, v, dout, stats, extras, lengths, *, cols_grad: bool = False):
-    """dk, dv `[b, s, h_kv, ·]`; with `cols_grad` also the sum of dS over each column `[b, h_q, s]`. extras are transposed."""
-    d, e = q.shape[-1], v.shape[-1]
-    cols = tiles.groups * ROWS
+def gradient_kv(call: SdpaCall, tiles: Tiles, operands: Operands, *, wanted: str, sums: bool) -> tuple[Array, ...]:
+    """dk and dv in the shapes of k and v, those that are named in `wanted`, "k", "v" or "kv".
+
+    With `sums`, and dk wanted, also Σ_i dS of every key and query head `[b, h_q, ·]`, the gradient of a bias of keys. The
+    extras are the transposed ones.
+    """
+    q, k, v = operands[:3]
+    d, e, dtype = q.shape[-1], v.shape[-1], q.dtype
+    cols, width, ring = tiles.groups * ROWS, tiles.width, tiles.stages
     col_blocks = -(-call.s // cols)
-    tile_extras = [x for x in extras if x.kind == "tile"]
 
-    def body(*refs):
-        q_gmem, k_gmem, v_gmem, dout_gmem, stats_gmem, *rest = refs
-        extra_gmem, rest = rest[: len(extras)], rest[len(extras) :]
-        length_gmem, outs = rest[: len(lengths)], rest[len(lengths) :]
-        dk_gmem, dv_gmem = outs[:2]
-        batch, kv_head, block = _decode(call, tiles, col_blocks, call.h_kv, longest_last=False)
-        visible = _visible(call, batch, length_gmem, tiles.width)
+    def body(*refs: Any) -> None:
+        (q_gmem, k_gmem, v_gmem, dout_gmem, stats_gmem), extras, lengths, outs = operands.split(refs)
+        batch, kv_head, block = item(call.b, call.h_kv, col_blocks, last_first=False)
+        visible = Visible.of(call, batch, lengths, width)
         col = block * cols
-        blocks = visible.query_blocks(col, cols, tiles.width)
+        blocks = visible.query_blocks(col, cols, width)
         count = blocks.last - blocks.first
 
-        def pick(x, head):
-            return (batch if x.shape[0] != 1 else 0, head if x.shape[1] != 1 else 0)
-
-        def scoped(k_smem, v_smem, q_smem, dout_smem, stats_smem, sum_smem, extra_smem, own_full, full, empty):
+        def run(k_smem, v_smem, q_smem, dout_smem, stats_smem, extras_smem, sums_smem, own_full, full, empty):
             group = lax.axis_index("group")
 
             @pl.when(group == tiles.groups)
-            def _load():
+            def load() -> None:
                 plgpu.set_max_registers(tiles.producer_registers, action="decrease")
 
                 @pl.loop(0, call.group)
@@ -266,157 +205,128 @@ def gradient_kv(call: SdpaCall, tiles: Tiles, q, k, v, dout, stats, extras, leng
                     @pl.loop(blocks.first, blocks.last)
                     def _(i):
                         step = member * count + i - blocks.first
-                        slot = lax.rem(step, jnp.int32(tiles.stages))
-                        at = pl.ds(i * tiles.width, tiles.width)
-
-                        @pl.when(step >= tiles.stages)
-                        def _():
-                            plgpu.barrier_wait(empty.at[slot])
-
+                        slot = lax.rem(step, jnp.int32(ring))
+                        at = pl.ds(i * width, width)
+                        pl.when(step >= ring)(lambda: plgpu.barrier_wait(empty.at[slot]))
                         plgpu.copy_gmem_to_smem(q_gmem.at[batch, at, head], q_smem.at[slot], full.at[slot])
                         plgpu.copy_gmem_to_smem(dout_gmem.at[batch, at, head], dout_smem.at[slot], full.at[slot])
                         plgpu.copy_gmem_to_smem(stats_gmem.at[batch, head, :, at], stats_smem.at[slot], full.at[slot])
-                        tiled = [g for x, g in zip(extras, extra_gmem, strict=True) if x.kind == "tile"]
-                        for x, gmem, smem in zip(tile_extras, tiled, extra_smem, strict=True):
-                            source = gmem.at[*pick(x, head), pl.ds(col, cols), at]
-                            plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
+                        extras.copy(batch, head, pl.ds(col, cols), at, extras_smem, slot, full.at[slot])
 
             @pl.when(group < tiles.groups)
-            def _differentiate():
+            def differentiate() -> None:
                 plgpu.set_max_registers(tiles.consumer_registers, action="increase")
                 own_col = col + group * ROWS
                 own_at = pl.ds(own_col, ROWS)
                 plgpu.copy_gmem_to_smem(k_gmem.at[batch, own_at, kv_head], k_smem.at[group], own_full.at[group])
                 plgpu.copy_gmem_to_smem(v_gmem.at[batch, own_at, kv_head], v_smem.at[group], own_full.at[group])
-                own = visible.query_blocks(own_col, ROWS, tiles.width)
                 plgpu.barrier_wait(own_full.at[group])
                 own_k, own_v = k_smem.at[group], v_smem.at[group]
                 if tiles.registers_a:
-                    own_k, own_v = (compat.load(x, WGMMA) for x in (own_k, own_v))
+                    own_k, own_v = compat.load(own_k, WGMMA), compat.load(own_v, WGMMA)
 
-                def step(i, sums, member, row_extras, dk_ref, dv_ref, *, masked):
+                def counted():
+                    """Which of this warpgroup's keys exist and count."""
+                    return plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) < visible.keys - own_col
+
+                def step(i, key_sums, member, row_extras, accs, *, masked):
                     head = kv_head * call.group + member
                     n = member * count + i - blocks.first
-                    slot = lax.rem(n, jnp.int32(tiles.stages))
-                    slot_before = lax.rem(n + (tiles.stages - 1), jnp.int32(tiles.stages))
+                    slot, slot_before = (lax.rem(n + back, jnp.int32(ring)) for back in (0, ring - 1))
                     plgpu.barrier_wait(full.at[slot])
 
-                    def scores(s_ref):
-                        s_ref[...] = lax.broadcast_in_dim(compat.load(stats_smem.at[slot, 0], COL), (ROWS, tiles.width), [1])
-                        plgpu.wgmma(s_ref, own_k, q_smem.at[slot].T)
-                        return s_ref[...]
+                    def start(which):
+                        numbers = compat.load(stats_smem.at[slot, which], COL)
+                        return lax.broadcast_in_dim(numbers, (ROWS, width), [1])
 
-                    tile = plgpu.ACC((ROWS, tiles.width), jnp.float32)
-                    s = pl.run_scoped(scores, tile)
-                    if tiles.overlap:
+                    def scores(s_acc):
+                        s_acc[...] = start(0)
+                        plgpu.wgmma(s_acc, own_k, q_smem.at[slot].T)
+                        return s_acc[...]
 
-                        @pl.when(n > 0)
-                        def _():
-                            plgpu.barrier_arrive(empty.at[slot_before])
-
-                    factor = call.scale * LOG2_E
-                    if extras:
-                        s, factor = s * factor, 1.0
-                    tiled, rowed = iter(extra_smem), iter(row_extras)
-                    for x, g in zip(extras, extra_gmem, strict=True):
-                        if x.kind == "tile":
-                            part = compat.load(next(tiled).at[slot, pl.ds(group * ROWS, ROWS)], WGMMA)
-                        elif x.kind == "row":
-                            part = lax.broadcast_in_dim(next(rowed), s.shape, [0])
-                        else:
-                            part = g.at[*pick(x, head), pl.ds(i * tiles.width, tiles.width)]
-                            part = lax.broadcast_in_dim(compat.load(part, COL, optimized=False), s.shape, [1])
-                        s = s + part.astype(jnp.float32) * LOG2_E
-                    p = jnp.exp2(s * factor)
-                    seen = visible.mask(i * tiles.width, own_col, s.shape, keys_first=True) if masked else None
+                    tile = plgpu.ACC((ROWS, width), jnp.float32)
+                    s = pl.run_scoped(scores, tile) * (call.scale * LOG2_E)
+                    # All products have been waited for, so the tile before is done with.
+                    pl.when(n > 0)(lambda: plgpu.barrier_arrive(empty.at[slot_before]))
+                    own_tiles = [x.at[slot, pl.ds(group * ROWS, ROWS)] for x in extras_smem]
+                    p = jnp.exp2(extras.add(s, batch, head, row_extras, pl.ds(i * width, width), own_tiles))
+                    seen = visible.mask(i * width, own_col, p.shape, keys_first=True) if masked else None
                     if seen is not None:
                         p = jnp.where(seen, p, 0.0)
+                    if wanted == "v":
+                        plgpu.wgmma(accs["v"], p.astype(dtype), dout_smem.at[slot])
+                        return None
 
-                    def weights(dp_ref):
-                        dp_ref[...] = lax.broadcast_in_dim(compat.load(stats_smem.at[slot, 1], COL), (ROWS, tiles.width), [1])
-                        plgpu.wgmma(dp_ref, own_v, dout_smem.at[slot].T)
-                        plgpu.wgmma(dv_ref, p.astype(q_gmem.dtype), dout_smem.at[slot])
-                        return plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
+                    def weights(dp_acc):
+                        dp_acc[...] = start(1)
+                        plgpu.wgmma(dp_acc, own_v, dout_smem.at[slot].T)
+                        if "v" in wanted:
+                            plgpu.wgmma(accs["v"], p.astype(dtype), dout_smem.at[slot])
+                        return plgpu.wgmma_accumulator_load(dp_acc, wait_n=len(wanted) - 1)
 
                     ds = p * pl.run_scoped(weights, tile)
-                    if cols_grad:
-                        sums = sums + ds.sum(axis=1)
-                    plgpu.wgmma(dk_ref, ds.astype(q_gmem.dtype), q_smem.at[slot])
-                    if not tiles.overlap:
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(empty.at[slot])
-                    return sums
+                    plgpu.wgmma(accs["k"], ds.astype(dtype), q_smem.at[slot])
+                    return key_sums + ds.sum(axis=1) if sums else None
 
-                def walk(dk_ref, dv_ref):
-                    full_first = jnp.clip(own.full_first, blocks.first, blocks.last)
-                    full_last = jnp.clip(own.full_last, full_first, blocks.last)
+                def walk_queries(*accs):
+                    own = visible.query_blocks(own_col, ROWS, width)
+                    masks = visible.right is not None, visible.left is not None
 
                     @pl.loop(0, call.group)
                     def _(member):
                         head = kv_head * call.group + member
-                        row_extras = [
-                            compat.load(g.at[*pick(x, head), own_at], ROW, optimized=False)
-                            for x, g in zip(extras, extra_gmem, strict=True)
-                            if x.kind == "row"
-                        ]
-                        sums = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW) if cols_grad else None
-                        one = functools.partial(step, member=member, row_extras=row_extras, dk_ref=dk_ref, dv_ref=dv_ref)
-                        begin = blocks.first
-                        # the diagonal comes first here
-                        if visible.right is not None:
-                            sums = lax.fori_loop(begin, full_first, functools.partial(one, masked=True), sums)
-                            begin = full_first
-                        if visible.left is not None:
-                            sums = lax.fori_loop(begin, full_last, functools.partial(one, masked=False), sums)
-                            sums = lax.fori_loop(full_last, blocks.last, functools.partial(one, masked=True), sums)
-                        else:
-                            sums = lax.fori_loop(begin, blocks.last, functools.partial(one, masked=False), sums)
-                        if cols_grad:
+                        key_sums = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW) if sums else None
+                        of_member = {"member": member, "row_extras": extras.rows(batch, head, own_at)}
+                        one = functools.partial(step, **of_member, accs=dict(zip(wanted, accs, strict=True)))
+                        key_sums = walk(one, key_sums, blocks.first, blocks, own, masks)
+                        if sums:
                             plgpu.wait_smem_to_gmem(0)
-                            index = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
-                            sum_smem[group] = jnp.where(index < visible.keys - own_col, sums, 0.0)
+                            sums_smem[group] = jnp.where(counted(), key_sums, 0.0)
                             plgpu.commit_smem()
-                            plgpu.copy_smem_to_gmem(sum_smem.at[group], outs[2].at[batch, head, own_at])
+                            plgpu.copy_smem_to_gmem(sums_smem.at[group], outs[-1].at[batch, head, own_at])
 
-                    return dk_ref[...], dv_ref[...]
+                    return tuple(acc[...] for acc in accs)
 
-                sums_of = plgpu.ACC((ROWS, d), jnp.float32), plgpu.ACC((ROWS, e), jnp.float32)
-                dk, dv = pl.run_scoped(walk, *sums_of)
-                if call.key_lengths:
-                    counts = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW) < visible.keys - own_col
-                    dk = jnp.where(lax.broadcast_in_dim(counts, dk.shape, [0]), dk, 0.0)
-                    dv = jnp.where(lax.broadcast_in_dim(counts, dv.shape, [0]), dv, 0.0)
-                k_smem[group] = (dk * call.scale).astype(q_gmem.dtype)
-                v_smem[group] = dv.astype(q_gmem.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(k_smem.at[group], dk_gmem.at[batch, own_at, kv_head])
-                plgpu.copy_smem_to_gmem(v_smem.at[group], dv_gmem.at[batch, own_at, kv_head])
+                sizes = {"k": d, "v": e}
+                found = pl.run_scoped(walk_queries, *(plgpu.ACC((ROWS, sizes[x]), jnp.float32) for x in wanted))
+                for name, out, out_gmem in zip(wanted, found, outs, strict=False):
+                    if call.key_lengths:
+                        out = jnp.where(lax.broadcast_in_dim(counted(), out.shape, [0]), out, 0.0)
+                    out_smem = k_smem if name == "k" else v_smem
+                    out_smem[group] = (out * call.scale if name == "k" else out).astype(dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(out_smem.at[group], out_gmem.at[batch, own_at, kv_head])
                 plgpu.wait_smem_to_gmem(0)
 
-        ring = tiles.stages
+        tile_extras = Extras.tiles(operands.extras, ring, cols, width)
         pl.run_scoped(
-            scoped,
-            plgpu.SMEM((tiles.groups, ROWS, d), q.dtype),
-            plgpu.SMEM((tiles.groups, ROWS, e), q.dtype),
-            plgpu.SMEM((ring, tiles.width, d), q.dtype),
-            plgpu.SMEM((ring, tiles.width, e), q.dtype),
-            plgpu.SMEM((ring, 2, tiles.width), jnp.float32),
-            plgpu.SMEM((tiles.groups, ROWS), jnp.float32) if cols_grad else None,
-            [plgpu.SMEM((ring, cols, tiles.width), x.dtype) for x in tile_extras],
+            run,
+            plgpu.SMEM((tiles.groups, ROWS, d), dtype),
+            plgpu.SMEM((tiles.groups, ROWS, e), dtype),
+            plgpu.SMEM((ring, width, d), dtype),
+            plgpu.SMEM((ring, width, e), dtype),
+            plgpu.SMEM((ring, 2, width), jnp.float32),
+            tile_extras,
+            plgpu.SMEM((tiles.groups, ROWS), jnp.float32) if sums else None,
             plgpu.Barrier(num_barriers=tiles.groups, num_arrivals=2),
             plgpu.Barrier(num_barriers=ring, num_arrivals=3 + len(tile_extras)),
             plgpu.Barrier(num_barriers=ring, num_arrivals=tiles.groups),
             collective_axes="group",
         )
 
-    out_type = [jax.ShapeDtypeStruct(x.shape, q.dtype) for x in (k, v)]
-    if cols_grad:
+    out_type = [jax.ShapeDtypeStruct({"k": k, "v": v}[x].shape, dtype) for x in wanted]
+    if sums:
         out_type.append(jax.ShapeDtypeStruct((call.b, call.h_q, col_blocks * cols), jnp.float32))
+    return _kernel(body, tiles, out_type, col_blocks * call.b * call.h_kv)(*operands.arrays())
+
+
+def _kernel(body: Any, tiles: Tiles, out_type: Sequence[Any], items: int) -> Any:
+    """A kernel of one thread block an item: `groups` consumer warpgroups and one that loads."""
     return compat.kernel(
         body,
         out_type=tuple(out_type),
-        grid=(col_blocks * call.b * call.h_kv,),
+        grid=(items,),
         grid_names=("item",),
         num_threads=tiles.groups + 1,
         thread_name="group",
-    )(q, k, v, dout, stats, *(x.array for x in extras), *lengths)
+    )
