@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +14,13 @@ from jax.custom_derivatives import SymbolicZero
 
 from bridge import spec
 from bridge.spec_sdpa import SdpaCall
+from jax_power.mosaic_gpu import sdpa as mosaic_gpu
+from jax_power.platforms import Plan, Plans, run, run_and_save, run_with_saved
 from jax_power.xla import sdpa, sdpa_reference
 
 # Best first: the first that supports a call serves it unless one is named.
 SDPA: dict[str, spec.Implementation] = {
+    "mosaic_gpu": spec.Implementation(mosaic_gpu.forward, mosaic_gpu.backward, mosaic_gpu.supports, wide_output=False),
     "xla": spec.Implementation(sdpa.forward, sdpa.backward, sdpa.supports),
     "reference": spec.Implementation(sdpa_reference.forward, sdpa_reference.backward, sdpa_reference.supports),
 }
@@ -39,50 +43,64 @@ class Operands(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass needs of the forward pass. `bias_grad` is () if the bias has a gradient, else None."""
+    """What the backward pass needs: the operands, the results, and `wide_out` if it was computed wider than the result.
+
+    `bias_grad` is () if the bias has a gradient, else None.
+    """
 
     operands: Operands
     out: Array
     lse: Array
+    wide_out: Array | None
     bias_grad: tuple[()] | None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attention(call: SdpaCall, implementation: str, operands: Operands) -> tuple[Array, Array]:
-    """out `[b, t, h_q, e]` and lse `[b, h_q, t]` of a checked call, in the precision they were computed in.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attention(plans: Plans, operands: Operands) -> tuple[Array, Array]:
+    """out `[b, t, h_q, e]` of a checked call, in the dtype of v, and lse `[b, h_q, t]`, in the precision it was computed in.
 
     Implementations give 0 to a query that sees no key. Here it gets what JAX's function gives it: the mean of all
     values, as if every score were the same large negative number, but still 0 beyond a query length. lse has no
     gradient.
     """
-    return _attend(call, implementation, operands)
+    return run(plans, lambda plan, *operands: _attend(plan, *operands)[0], *operands)
 
 
-def _attend(call: SdpaCall, implementation: str, operands: Operands) -> tuple[Array, Array]:
-    out, lse = SDPA[implementation].forward(call, *operands)
-    takes_mean = _takes_mean(call, operands, lse)
-    if takes_mean is None:
-        return out, lse
-    mean = operands.v.astype(out.dtype).mean(1, keepdims=True)
-    return jnp.where(takes_mean, jnp.repeat(mean, call.group, 2), out), lse
+def _attend(plan: Plan, *operands: Array | None) -> tuple[tuple[Array, Array], Array | None]:
+    """The results, and out as it was computed if that is wider."""
+    call, v = plan.call, operands[2]
+    out, lse = SDPA[plan.implementation].forward(call, *operands)
+    takes_mean = _takes_mean(call, Operands(*operands), lse)
+    if takes_mean is not None:
+        mean = v.astype(jnp.promote_types(out.dtype, jnp.float32)).mean(1, keepdims=True).astype(out.dtype)
+        out = jnp.where(takes_mean, jnp.repeat(mean, call.group, 2), out)
+    return (out.astype(v.dtype), lse), None if out.dtype == v.dtype else out
 
 
-def _forward(call: SdpaCall, implementation: str, operands: Any) -> tuple[tuple[Array, Array], Residuals]:
+def _forward(plans: Plans, operands: Any) -> tuple[tuple[Array, Array], Residuals]:
     # With `symbolic_zeros`, every operand says whether it is differentiated: an unwanted bias gradient takes t · s
     # memory.
     bias_grad = () if operands.bias is not None and operands.bias.perturbed else None
     operands = Operands(*(None if x is None else x.value for x in operands))
-    out, lse = _attend(call, implementation, operands)
-    return (out, lse), Residuals(operands, out, lse, bias_grad)
+    (out, lse), wide_out = run_and_save(plans, _attend, *operands)
+    return (out, lse), Residuals(operands, out, lse, wide_out, bias_grad)
 
 
-def _backward(call: SdpaCall, implementation: str, residuals: Residuals, grads: Any) -> tuple[Operands]:
-    operands, out, lse, bias_grad = residuals
+def _backward(plans: Plans, residuals: Residuals, grads: Any) -> tuple[Operands]:
+    operands, out, lse, wide_out, bias_grad = residuals
     dout = grads[0]
     if isinstance(dout, SymbolicZero):
         dout = jnp.zeros(dout.shape, dout.dtype)
-    call = dataclasses.replace(call, bias_grad=bias_grad is not None)
-    dq, dk, dv, dbias = SDPA[implementation].backward(call, *operands, out, lse, dout)
+    differentiate = functools.partial(_gradients, bias_grad is not None)
+    return run_with_saved(plans, differentiate, _attend, wide_out, operands, out, lse, dout)
+
+
+def _gradients(
+    bias_grad: bool, plan: Plan, wide_out: Array | None, operands: Sequence[Array | None], out: Array, lse: Array, dout: Array
+) -> tuple[Operands]:
+    operands, call = Operands(*operands), dataclasses.replace(plan.call, bias_grad=bias_grad)
+    computed = out if wide_out is None else wide_out
+    dq, dk, dv, dbias = SDPA[plan.implementation].backward(call, *operands, computed, lse, dout)
     takes_mean = _takes_mean(call, operands, lse)
     if takes_mean is not None:
         of_rows = jnp.where(takes_mean, dout, 0).sum(1, keepdims=True) / call.s

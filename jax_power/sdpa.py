@@ -6,7 +6,6 @@ import numbers
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -14,7 +13,7 @@ from jaxtyping import Bool, Float, Int32
 
 from bridge import spec, spec_sdpa
 from bridge.spec_sdpa import SdpaCall
-from jax_power import ops_sdpa
+from jax_power import ops_sdpa, platforms
 from jax_power.choice import CHOICE
 
 # The score that JAX's function gives a hidden key, and so the log-sum-exp of a row of nothing else.
@@ -124,9 +123,10 @@ def dot_product_attention(  # type: ignore[misc]  # shapes are of arrays; anythi
         bias=None if bias is None else bias.shape, mask=None if mask is None else mask.shape,
         query_lengths=lengths[0] is not None, key_lengths=lengths[1] is not None,
     )  # fmt: skip
-    name = CHOICE.choose("dot_product_attention", call, implementation, jax.default_backend())
+    plans = CHOICE.plans("dot_product_attention", call, implementation)
+    operands = platforms.vary_alike(ops_sdpa.Operands(query, key, value, bias, mask, *lengths))
 
-    out, lse = ops_sdpa.attention(call, name, ops_sdpa.Operands(query, key, value, bias, mask, *lengths))
+    out, lse = ops_sdpa.attention(plans, operands)
     out = out.astype(dtype).reshape(*batch, *out.shape[1:])
     if not return_residual:
         return out

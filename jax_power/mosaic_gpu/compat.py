@@ -23,7 +23,10 @@ SEMANTICS = plgpu.LoweringSemantics.Warpgroup
 
 
 def load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
-    """The array behind a reference to shared or device memory, in registers, laid out as `layout`."""
+    """The array behind a reference to shared or device memory, in registers, laid out as `layout`.
+
+    With optimized=False each thread loads its own elements, whatever strides they have.
+    """
     index = ((),) if _LOAD_TAKES_INDEX else ()
     return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
 
 from bridge.spec_sdpa import SdpaCall
-from jax_power.mosaic_gpu import sdpa_bias, sdpa_bwd, sdpa_fwd
+from jax_power import platforms
+from jax_power.mosaic_gpu import sdpa_bias, sdpa_bwd, sdpa_fwd, sdpa_tiles
 from jax_power.mosaic_gpu.sdpa_scores import Extra, padded
 
 # TMA takes sequences in units of 8 (the rows of a swizzled tile) and head sizes in units of 64 (its 128 bytes).
 LENGTH_STEP, HEAD_STEP = 8, 64
 # Numbers of each query or key that kernels read without TMA's bounds: up to the least common multiple of all tiles' rows.
 VECTOR_STEP = 384
+# Head sizes past this do not fit the registers.
+MAX_HEAD = 256
+
+
+def supports(call: SdpaCall, device: str) -> str | None:
+    """None, or why the kernels cannot serve `call`: the argument, and what would work."""
+    if device != "cuda":
+        return f"the kernels run on a Hopper GPU, not on {device}: use 'xla'"
+    if (reason := platforms.not_hopper()) is not None:
+        return reason
+    if call.dtype not in ("float16", "bfloat16"):
+        return f"query: dtype {call.dtype} is not one of float16, bfloat16; cast it or use 'xla'"
+    for name, size in (("query and key", call.d), ("value", call.e)):
+        if not 1 <= size <= MAX_HEAD:
+            return f"{name}: head size {size} is not within 1 to {MAX_HEAD}; use 'xla'"
+    return "dropout_p > 0 is not implemented; use dropout_p=0" if call.dropout_p > 0 else None
 
 
 def forward(
@@ -27,7 +44,6 @@ def forward(
     mask: Array | None,
     query_lengths: Array | None,
     key_lengths: Array | None,
-    tiles: Any = None,
 ) -> tuple[Array, Array]:
     """Output `[b, t, h_q, e]` in the operands' dtype and log-sum-exp `[b, h_q, t]` in float32, of checked operands."""
     if call.b * call.h_q * call.t == 0 or call.s == 0:
@@ -37,7 +53,7 @@ def forward(
     q, k, v = (_for_tma(x) for x in (q, k, v))
     lengths = [x for x in (query_lengths, key_lengths) if x is not None]
     extras = _extras(call, bias, mask)
-    tiles = sdpa_fwd.Tiles() if tiles is None else tiles
+    tiles = sdpa_tiles.forward(q.shape[3], v.shape[3], _score_tiles(extras))
     out, lse = sdpa_fwd.forward(call, tiles, q, k, v, extras, lengths)
     return out[:, : call.t, :, : call.e], lse[..., : call.t]
 
@@ -54,36 +70,38 @@ def backward(
     out: Array,
     lse: Array,
     dout: Array,
-    tiles: Any = None,
 ) -> tuple[Array, Array, Array, Array | None]:
     """Gradients dq, dk, dv of Σ out·dout in the operands' dtype, and dbias if `call.bias_grad`, else None."""
     if call.b * call.h_q * call.t == 0 or call.s == 0:
         dq, dk, dv = (jnp.zeros(x.shape, x.dtype) for x in (q, k, v))
-        return dq, dk, dv, jnp.zeros(bias.shape, bias.dtype) if call.bias_grad else None
+        return dq, dk, dv, None if bias is None or not call.bias_grad else jnp.zeros(bias.shape, bias.dtype)
     call, sign, q = _positive(call, q)
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     start = jnp.where(lse == -jnp.inf, -jnp.inf, lse / -call.scale)
     behind = [(0, 0), (0, 0), (0, -call.t % VECTOR_STEP)]
     stats = jnp.stack([jnp.pad(start, behind, constant_values=-jnp.inf), jnp.pad(-delta, behind)], 2)
     lengths = [x for x in (query_lengths, key_lengths) if x is not None]
-    operands = sdpa_bwd.Operands(*(_for_tma(x) for x in (q, k, v, dout)), stats, _extras(call, bias, mask), lengths)
+    q, k, v, dout = (_for_tma(x) for x in (q, k, v, dout))
+    operands = sdpa_bwd.Operands(q, k, v, dout, stats, _extras(call, bias, mask), lengths)
     of_keys = operands._replace(extras=[x.transposed() for x in operands.extras])
 
-    kind = operands.extras[0].kind if call.bias_grad else ""
-    tiles_q, tiles_kv, tiles_bias = (sdpa_bwd.Tiles(),) * 3 if tiles is None else tiles
-    dq, *row_sums = sdpa_bwd.gradient_q(call, tiles_q, operands, sums=kind == "row")
-    if max(call.d, call.e) <= 128:
-        dk, dv, *col_sums = sdpa_bwd.gradient_kv(call, tiles_kv, of_keys, wanted="kv", sums=kind == "col")
+    kind = operands.extras[0].kind if call.bias is not None and call.bias_grad else ""
+    sizes = operands.q.shape[3], operands.v.shape[3]
+    score_tiles = _score_tiles(operands.extras)
+    dq, *row_sums = sdpa_bwd.gradient_q(call, sdpa_tiles.gradient_q(*sizes, score_tiles), operands, sums=kind == "row")
+    tiles = sdpa_tiles.gradient_kv(*sizes, score_tiles)
+    if sdpa_tiles.one_pass(*sizes):
+        dk, dv, *col_sums = sdpa_bwd.gradient_kv(call, tiles, of_keys, wanted="kv", sums=kind == "col")
     else:
-        dk, *col_sums = sdpa_bwd.gradient_kv(call, tiles_kv, of_keys, wanted="k", sums=kind == "col")
-        (dv,) = sdpa_bwd.gradient_kv(call, tiles_kv, of_keys, wanted="v", sums=False)
+        dk, *col_sums = sdpa_bwd.gradient_kv(call, tiles, of_keys, wanted="k", sums=kind == "col")
+        (dv,) = sdpa_bwd.gradient_kv(call, tiles, of_keys, wanted="v", sums=False)
     dbias = None
     if kind == "tile":
-        dbias = sdpa_bias.gradient_bias(call, tiles_bias, operands)[:, :, : call.t, : call.s]
+        dbias = sdpa_bias.gradient_bias(call, sdpa_tiles.gradient_bias(*sizes), operands)[:, :, : call.t, : call.s]
     elif kind == "row":
-        dbias = _summed(row_sums[0][:, :, : call.t, None], bias.shape)
+        dbias = _summed(row_sums[0][:, :, : call.t, None], call.bias)
     elif kind == "col":
-        dbias = _summed(col_sums[0][:, :, None, : call.s], bias.shape)
+        dbias = _summed(col_sums[0][:, :, None, : call.s], call.bias)
     dq = dq[:, : call.t, :, : call.d]
     return dq if sign > 0 else dq * sign, dk[:, : call.s, :, : call.d], dv[:, : call.s, :, : call.e], dbias
 
@@ -122,6 +140,11 @@ def _extra(call: SdpaCall, x: Array) -> Extra:
     return Extra("tile", padded(x, (2, LENGTH_STEP), (3, HEAD_STEP)))
 
 
-def _summed(x: Array, shape: tuple[int, ...]) -> Array:
+def _score_tiles(extras: Sequence[Extra]) -> int:
+    """How many operands a kernel loads a tile of scores of."""
+    return sum(x.kind == "tile" for x in extras)
+
+
+def _summed(x: Array, shape: tuple[int, ...] | None) -> Array:
     """x summed over the axes that have size 1 in `shape`."""
-    return x.sum(tuple(axis for axis, n in enumerate(shape) if n == 1), keepdims=True)
+    return x.sum(tuple(axis for axis, n in enumerate(shape or ()) if n == 1), keepdims=True)

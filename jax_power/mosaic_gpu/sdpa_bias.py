@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bridge.spec_sdpa import SdpaCall
-from jax_power.mosaic_gpu import compat
-from jax_power.mosaic_gpu.sdpa_bwd import Operands, Tiles
-from jax_power.mosaic_gpu.sdpa_scores import LOG2_E, ROW, ROWS, WGMMA, Extras, Visible
+from jax_power.mosaic_gpu import compat, sdpa_tiles
+from jax_power.mosaic_gpu.sdpa_bwd import Operands
+from jax_power.mosaic_gpu.sdpa_scores import LOG2_E, ROW, ROWS, WGMMA, Accumulator, Extras, Visible
 
 
-def gradient_bias(call: SdpaCall, tiles: Tiles, operands: Operands) -> Array:
+def gradient_bias(call: SdpaCall, tiles: sdpa_tiles.Backward, operands: Operands) -> Array:
     """The gradient of the first of the extras, which is of kind "tile", in its shape and dtype."""
     q, _, v = operands[:3]
     bias = operands.extras[0].array
@@ -50,7 +50,8 @@ def gradient_bias(call: SdpaCall, tiles: Tiles, operands: Operands) -> Array:
 
             @pl.when(group == tiles.groups)
             def load() -> None:
-                plgpu.set_max_registers(tiles.producer_registers, action="decrease")
+                if tiles.registers is not None:
+                    plgpu.set_max_registers(tiles.registers[1], action="decrease")
 
                 @pl.loop(0, shared_b * shared_h)
                 def _(n):
@@ -66,7 +67,8 @@ def gradient_bias(call: SdpaCall, tiles: Tiles, operands: Operands) -> Array:
 
             @pl.when(group < tiles.groups)
             def differentiate() -> None:
-                plgpu.set_max_registers(tiles.consumer_registers, action="increase")
+                if tiles.registers is not None:
+                    plgpu.set_max_registers(tiles.registers[0], action="increase")
                 own_row = row + group * ROWS
                 own_at, part = pl.ds(own_row, ROWS), pl.ds(group * ROWS, ROWS)
 
@@ -88,7 +90,7 @@ def gradient_bias(call: SdpaCall, tiles: Tiles, operands: Operands) -> Array:
                         seen = visible.mask(own_row, col, p.shape)
                         return p if seen is None else jnp.where(seen, p, 0.0), dp_acc[...]
 
-                    tile = plgpu.ACC((ROWS, width), jnp.float32)
+                    tile = Accumulator((ROWS, width), jnp.float32)
                     p, dp = pl.run_scoped(products, tile, tile)
                     plgpu.barrier_arrive(empty.at[slot])
                     return dbias + p * dp

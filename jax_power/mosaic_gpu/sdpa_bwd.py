@@ -22,17 +22,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bridge.spec_sdpa import SdpaCall
-from jax_power.mosaic_gpu import compat
-from jax_power.mosaic_gpu.sdpa_scores import COL, LOG2_E, ROW, ROWS, WGMMA, Extra, Extras, Visible, item, walk
-
-
-class Tiles(NamedTuple):
-    groups: int = 2
-    width: int = 64
-    stages: int = 2
-    consumer_registers: int = 240
-    producer_registers: int = 24
-    registers_a: bool = False
+from jax_power.mosaic_gpu import compat, sdpa_tiles
+from jax_power.mosaic_gpu.sdpa_scores import COL, LOG2_E, ROW, ROWS, WGMMA, Accumulator, Extra, Extras, Visible, item, walk
 
 
 class Operands(NamedTuple):
@@ -59,7 +50,7 @@ class Operands(NamedTuple):
         return refs[:5], Extras(self.extras, extras), rest[: len(self.lengths)], rest[len(self.lengths) :]
 
 
-def gradient_q(call: SdpaCall, tiles: Tiles, operands: Operands, *, sums: bool) -> tuple[Array, ...]:
+def gradient_q(call: SdpaCall, tiles: sdpa_tiles.Backward, operands: Operands, *, sums: bool) -> tuple[Array, ...]:
     """dq in the shape of q; with `sums`, also Σ_j dS of every query `[b, h_q, ·]`, the gradient of a bias of queries."""
     q, k, v = operands[:3]
     d, e, dtype = q.shape[-1], v.shape[-1], q.dtype
@@ -79,7 +70,8 @@ def gradient_q(call: SdpaCall, tiles: Tiles, operands: Operands, *, sums: bool) 
 
             @pl.when(group == tiles.groups)
             def load() -> None:
-                plgpu.set_max_registers(tiles.producer_registers, action="decrease")
+                if tiles.registers is not None:
+                    plgpu.set_max_registers(tiles.registers[1], action="decrease")
 
                 @pl.loop(blocks.first, blocks.last)
                 def _(i):
@@ -94,7 +86,8 @@ def gradient_q(call: SdpaCall, tiles: Tiles, operands: Operands, *, sums: bool) 
 
             @pl.when(group < tiles.groups)
             def differentiate() -> None:
-                plgpu.set_max_registers(tiles.consumer_registers, action="increase")
+                if tiles.registers is not None:
+                    plgpu.set_max_registers(tiles.registers[0], action="increase")
                 own_row = row + group * ROWS
                 own_at = pl.ds(own_row, ROWS)
                 plgpu.copy_gmem_to_smem(q_gmem.at[batch, own_at, head], q_smem.at[group], own_full.at[group])
@@ -103,7 +96,7 @@ def gradient_q(call: SdpaCall, tiles: Tiles, operands: Operands, *, sums: bool) 
                 row_extras = extras.rows(batch, head, own_at)
                 plgpu.barrier_wait(own_full.at[group])
                 own_q, own_dout = q_smem.at[group], dout_smem.at[group]
-                if tiles.registers_a:
+                if tiles.in_registers:
                     own_q, own_dout = compat.load(own_q, WGMMA), compat.load(own_dout, WGMMA)
 
                 def step(i, row_sums, dq_acc, *, masked):
@@ -118,17 +111,21 @@ def gradient_q(call: SdpaCall, tiles: Tiles, operands: Operands, *, sums: bool) 
                         plgpu.wgmma(dp_acc, own_dout, v_smem.at[slot].T)
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1) * (call.scale * LOG2_E)
                         # S is there, so dQ of the tile before, which was issued earlier, is too.
-                        pl.when(n > 0)(lambda: plgpu.barrier_arrive(k_empty.at[slot_before]))
+                        if ring > 1:
+                            pl.when(n > 0)(lambda: plgpu.barrier_arrive(k_empty.at[slot_before]))
                         own_tiles = [x.at[slot, pl.ds(group * ROWS, ROWS)] for x in extras_smem]
                         p = jnp.exp2(extras.add(s, batch, head, row_extras, pl.ds(i * width, width), own_tiles))
                         seen = visible.mask(own_row, i * width, p.shape) if masked else None
                         return p if seen is None else jnp.where(seen, p, 0.0), dp_acc[...]
 
-                    tile = plgpu.ACC((ROWS, width), jnp.float32)
+                    tile = Accumulator((ROWS, width), jnp.float32)
                     p, dp = pl.run_scoped(products, tile, tile)
                     plgpu.barrier_arrive(v_empty.at[slot])
                     ds = p * dp
                     plgpu.wgmma(dq_acc, ds.astype(dtype), k_smem.at[slot])
+                    if ring == 1:
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(k_empty.at[slot])
                     return row_sums + ds.sum(axis=1) if sums else None
 
                 def walk_keys(dq_acc):
@@ -139,7 +136,7 @@ def gradient_q(call: SdpaCall, tiles: Tiles, operands: Operands, *, sums: bool) 
                     row_sums = walk(one, row_sums, blocks.first, blocks, own, masks)
                     return (dq_acc[...], row_sums) if sums else (dq_acc[...],)
 
-                dq, *row_sums = pl.run_scoped(walk_keys, plgpu.ACC((ROWS, d), jnp.float32))
+                dq, *row_sums = pl.run_scoped(walk_keys, Accumulator((ROWS, d), jnp.float32))
                 q_smem[group] = (dq * call.scale).astype(dtype)
                 if sums:
                     sums_smem[group] = row_sums[0]
@@ -172,7 +169,9 @@ def gradient_q(call: SdpaCall, tiles: Tiles, operands: Operands, *, sums: bool) 
     return _kernel(body, tiles, out_type, row_blocks * call.b * call.h_q)(*operands.arrays())
 
 
-def gradient_kv(call: SdpaCall, tiles: Tiles, operands: Operands, *, wanted: str, sums: bool) -> tuple[Array, ...]:
+def gradient_kv(
+    call: SdpaCall, tiles: sdpa_tiles.Backward, operands: Operands, *, wanted: str, sums: bool
+) -> tuple[Array, ...]:
     """dk and dv in the shapes of k and v, those that are named in `wanted`, "k", "v" or "kv".
 
     With `sums`, and dk wanted, also Σ_i dS of every key and query head `[b, h_q, ·]`, the gradient of a bias of keys. The
@@ -196,7 +195,8 @@ def gradient_kv(call: SdpaCall, tiles: Tiles, operands: Operands, *, wanted: str
 
             @pl.when(group == tiles.groups)
             def load() -> None:
-                plgpu.set_max_registers(tiles.producer_registers, action="decrease")
+                if tiles.registers is not None:
+                    plgpu.set_max_registers(tiles.registers[1], action="decrease")
 
                 @pl.loop(0, call.group)
                 def _(member):
@@ -215,14 +215,15 @@ def gradient_kv(call: SdpaCall, tiles: Tiles, operands: Operands, *, wanted: str
 
             @pl.when(group < tiles.groups)
             def differentiate() -> None:
-                plgpu.set_max_registers(tiles.consumer_registers, action="increase")
+                if tiles.registers is not None:
+                    plgpu.set_max_registers(tiles.registers[0], action="increase")
                 own_col = col + group * ROWS
                 own_at = pl.ds(own_col, ROWS)
                 plgpu.copy_gmem_to_smem(k_gmem.at[batch, own_at, kv_head], k_smem.at[group], own_full.at[group])
                 plgpu.copy_gmem_to_smem(v_gmem.at[batch, own_at, kv_head], v_smem.at[group], own_full.at[group])
                 plgpu.barrier_wait(own_full.at[group])
                 own_k, own_v = k_smem.at[group], v_smem.at[group]
-                if tiles.registers_a:
+                if tiles.in_registers:
                     own_k, own_v = compat.load(own_k, WGMMA), compat.load(own_v, WGMMA)
 
                 def counted():
@@ -244,10 +245,17 @@ def gradient_kv(call: SdpaCall, tiles: Tiles, operands: Operands, *, wanted: str
                         plgpu.wgmma(s_acc, own_k, q_smem.at[slot].T)
                         return s_acc[...]
 
-                    tile = plgpu.ACC((ROWS, width), jnp.float32)
+                    tile = Accumulator((ROWS, width), jnp.float32)
                     s = pl.run_scoped(scores, tile) * (call.scale * LOG2_E)
                     # All products have been waited for, so the tile before is done with.
-                    pl.when(n > 0)(lambda: plgpu.barrier_arrive(empty.at[slot_before]))
+                    if ring > 1:
+                        pl.when(n > 0)(lambda: plgpu.barrier_arrive(empty.at[slot_before]))
+
+                    def release():
+                        if ring == 1:
+                            plgpu.wgmma_wait(0)
+                            plgpu.barrier_arrive(empty.at[slot])
+
                     own_tiles = [x.at[slot, pl.ds(group * ROWS, ROWS)] for x in extras_smem]
                     p = jnp.exp2(extras.add(s, batch, head, row_extras, pl.ds(i * width, width), own_tiles))
                     seen = visible.mask(i * width, own_col, p.shape, keys_first=True) if masked else None
@@ -255,6 +263,7 @@ def gradient_kv(call: SdpaCall, tiles: Tiles, operands: Operands, *, wanted: str
                         p = jnp.where(seen, p, 0.0)
                     if wanted == "v":
                         plgpu.wgmma(accs["v"], p.astype(dtype), dout_smem.at[slot])
+                        release()
                         return None
 
                     def weights(dp_acc):
@@ -266,6 +275,7 @@ def gradient_kv(call: SdpaCall, tiles: Tiles, operands: Operands, *, wanted: str
 
                     ds = p * pl.run_scoped(weights, tile)
                     plgpu.wgmma(accs["k"], ds.astype(dtype), q_smem.at[slot])
+                    release()
                     return key_sums + ds.sum(axis=1) if sums else None
 
                 def walk_queries(*accs):
@@ -288,7 +298,7 @@ def gradient_kv(call: SdpaCall, tiles: Tiles, operands: Operands, *, wanted: str
                     return tuple(acc[...] for acc in accs)
 
                 sizes = {"k": d, "v": e}
-                found = pl.run_scoped(walk_queries, *(plgpu.ACC((ROWS, sizes[x]), jnp.float32) for x in wanted))
+                found = pl.run_scoped(walk_queries, *(Accumulator((ROWS, sizes[x]), jnp.float32) for x in wanted))
                 for name, out, out_gmem in zip(wanted, found, outs, strict=False):
                     if call.key_lengths:
                         out = jnp.where(lax.broadcast_in_dim(counted(), out.shape, [0]), out, 0.0)
@@ -320,7 +330,7 @@ def gradient_kv(call: SdpaCall, tiles: Tiles, operands: Operands, *, wanted: str
     return _kernel(body, tiles, out_type, col_blocks * call.b * call.h_kv)(*operands.arrays())
 
 
-def _kernel(body: Any, tiles: Tiles, out_type: Sequence[Any], items: int) -> Any:
+def _kernel(body: Any, tiles: sdpa_tiles.Backward, out_type: Sequence[Any], items: int) -> Any:
     """A kernel of one thread block an item: `groups` consumer warpgroups and one that loads."""
     return compat.kernel(
         body,

@@ -9,9 +9,8 @@ Memory: Q, reused for O, (d + e) · 2 bytes · (64 · groups) rows at most; K an
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -20,26 +19,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bridge.spec_sdpa import SdpaCall
-from jax_power.mosaic_gpu import compat
-from jax_power.mosaic_gpu.sdpa_scores import LOG2_E, ROW, ROWS, WGMMA, Extra, Extras, Visible, item, walk
-
-
-class Tiles(NamedTuple):
-    groups: int = 2
-    keys: int = 128
-    stages: int = 2
-    consumer_registers: int = 240
-    producer_registers: int = 24
-    ping_pong: bool = True
-    ahead: bool = False
+from jax_power.mosaic_gpu import compat, sdpa_tiles
+from jax_power.mosaic_gpu.sdpa_scores import LOG2_E, ROW, ROWS, WGMMA, Accumulator, Extra, Extras, Visible, item, walk
 
 
 def forward(
-    call: SdpaCall, tiles: Tiles, q: Array, k: Array, v: Array, extras: Sequence[Extra], lengths: Sequence[Array]
+    call: SdpaCall, tiles: sdpa_tiles.Forward, q: Array, k: Array, v: Array, extras: Sequence[Extra], lengths: Sequence[Array]
 ) -> tuple[Array, Array]:
     """Output in the shape `[*q.shape[:3], e]` and log-sum-exp `[b, h_q, ·]`, both padded behind the last query."""
     d, e, dtype = q.shape[-1], v.shape[-1], q.dtype
-    rows, width, ring = tiles.groups * ROWS, tiles.keys, tiles.stages
+    rows, width, ring = tiles.groups * ROWS, tiles.width, tiles.stages
     row_blocks = -(-call.t // rows)
     # Scores become exponents by one fused multiply-add, unless something is added to them first.
     factor = 1.0 if extras else call.scale * LOG2_E
@@ -62,7 +51,8 @@ def forward(
 
             @pl.when(group == tiles.groups)
             def load() -> None:
-                plgpu.set_max_registers(tiles.producer_registers, action="decrease")
+                if tiles.registers is not None:
+                    plgpu.set_max_registers(tiles.registers[1], action="decrease")
 
                 @pl.loop(blocks.first, blocks.last)
                 def _(i):
@@ -77,7 +67,8 @@ def forward(
 
             @pl.when(group < tiles.groups)
             def attend() -> None:
-                plgpu.set_max_registers(tiles.consumer_registers, action="increase")
+                if tiles.registers is not None:
+                    plgpu.set_max_registers(tiles.registers[0], action="increase")
                 own_row = row + group * ROWS
                 own_at = pl.ds(own_row, ROWS)
                 plgpu.copy_gmem_to_smem(q_gmem.at[batch, own_at, head], q_smem.at[group], q_full.at[group])
@@ -121,7 +112,7 @@ def forward(
                     def product(acc_ref):
                         plgpu.wgmma(acc_ref, p, v_smem.at[slot])
 
-                    return pl.run_state(product)(plgpu.ACC.init(acc))
+                    return pl.run_state(product)(Accumulator.init(acc))
 
                 def step(i, carry, *, masked):
                     acc, top, total = carry
@@ -133,7 +124,7 @@ def forward(
                         pass_turn()
                         return s_acc[...]
 
-                    s = pl.run_scoped(scores, plgpu.ACC((ROWS, width), jnp.float32))
+                    s = pl.run_scoped(scores, Accumulator((ROWS, width), jnp.float32))
                     p, top, total, shrink = softmax(finish(s, i, masked), top, total)
                     acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
                     acc, total, top, p = lax.optimization_barrier((acc, total, top, p.astype(dtype)))
@@ -159,7 +150,7 @@ def forward(
                         found = softmax(finish(s, i, masked), top, total)
                         return o_acc[...], *found
 
-                    shapes = plgpu.ACC((ROWS, width), jnp.float32), plgpu.ACC((ROWS, e), jnp.float32)
+                    shapes = Accumulator((ROWS, width), jnp.float32), Accumulator((ROWS, e), jnp.float32)
                     acc, p, top, total, shrink = pl.run_scoped(products, *shapes)
                     plgpu.barrier_arrive(v_empty.at[slot_before])
                     return acc * lax.broadcast_in_dim(shrink, acc.shape, [0]), top, total, p.astype(dtype)
@@ -177,7 +168,7 @@ def forward(
                         pass_turn()
                         return s_acc[...]
 
-                    s = pl.run_scoped(scores, plgpu.ACC((ROWS, width), jnp.float32))
+                    s = pl.run_scoped(scores, Accumulator((ROWS, width), jnp.float32))
                     p, top, total, _ = softmax(finish(s, blocks.first, any(masks)), top, total)
                     carry = acc, top, total, p.astype(dtype)
                     acc, top, total, p = walk(step_ahead, carry, blocks.first + 1, blocks, own, masks)

@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
@@ -18,6 +17,7 @@ from jax_power.mosaic_gpu import compat
 
 # Layouts in registers: an accumulator of wgmma, one number for each of its rows, one for each of its columns.
 WGMMA, ROW, COL = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+Accumulator = plgpu.WGMMAAccumulatorRef
 # Rows of a warpgroup's tile: the M of wgmma.
 ROWS = 64
 # exp(x) = exp2(x · log2 e): the kernels keep scores in base 2, which is what the hardware computes.
@@ -164,10 +164,11 @@ class Visible:
         found = _blocks(col, cols, self.right, self.left, self.queries, width)
         return _none_beyond(found, col, self.keys)
 
-    def mask(self, row: Any, col: Any, shape: tuple[int, int], *, keys_first: bool = False) -> Array | None:
+    def mask(self, row: Any, col: Any, shape: tuple[int, ...], *, keys_first: bool = False) -> Array | None:
         """What of the tile at (row, col) is seen; `keys_first`: keys along the first axis. None: all of it."""
         keys, queries = (
-            plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in ((0, 1) if keys_first else (1, 0))
+            plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+            for axis in ((0, 1) if keys_first else (1, 0))
         )
         seen = []
         if self.counts_keys:
