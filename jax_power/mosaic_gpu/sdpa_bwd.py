@@ -23,7 +23,7 @@ from jax import Array, lax
 
 from bridge.spec_sdpa import SdpaCall
 from jax_power.mosaic_gpu import compat, sdpa_tiles
-from jax_power.mosaic_gpu.sdpa_scores import COL, LOG2_E, ROW, ROWS, WGMMA, Accumulator, Extra, Extras, Visible, item, walk
+from jax_power.mosaic_gpu.sdpa_scores import COL, LOG2_E, ROW, ROWS, Accumulator, Extra, Extras, Visible, item, walk
 
 
 class Operands(NamedTuple):
@@ -96,8 +96,6 @@ def gradient_q(call: SdpaCall, tiles: sdpa_tiles.Backward, operands: Operands, *
                 row_extras = extras.rows(batch, head, own_at)
                 plgpu.barrier_wait(own_full.at[group])
                 own_q, own_dout = q_smem.at[group], dout_smem.at[group]
-                if tiles.in_registers:
-                    own_q, own_dout = compat.load(own_q, WGMMA), compat.load(own_dout, WGMMA)
 
                 def step(i, row_sums, dq_acc, *, masked):
                     n = i - blocks.first
@@ -223,8 +221,6 @@ def gradient_kv(
                 plgpu.copy_gmem_to_smem(v_gmem.at[batch, own_at, kv_head], v_smem.at[group], own_full.at[group])
                 plgpu.barrier_wait(own_full.at[group])
                 own_k, own_v = k_smem.at[group], v_smem.at[group]
-                if tiles.in_registers:
-                    own_k, own_v = compat.load(own_k, WGMMA), compat.load(own_v, WGMMA)
 
                 def counted():
                     """Which of this warpgroup's keys exist and count."""

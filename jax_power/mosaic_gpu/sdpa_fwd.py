@@ -134,50 +134,14 @@ def forward(
                     plgpu.barrier_arrive(v_empty.at[slot])
                     return acc, top, total
 
-                def step_ahead(i, carry, *, masked):
-                    acc, top, total, p = carry
-                    slot, slot_before = slot_of(i), slot_of(i + ring - 1)
-                    plgpu.barrier_wait(k_full.at[slot])
-                    take_turn()
-
-                    def products(s_acc, o_acc):
-                        o_acc[...] = acc
-                        plgpu.wgmma(s_acc, q_smem.at[group], k_smem.at[slot].T)
-                        plgpu.barrier_wait(v_full.at[slot_before])
-                        plgpu.wgmma(o_acc, p, v_smem.at[slot_before])
-                        pass_turn()
-                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                        found = softmax(finish(s, i, masked), top, total)
-                        return o_acc[...], *found
-
-                    shapes = Accumulator((ROWS, width), jnp.float32), Accumulator((ROWS, e), jnp.float32)
-                    acc, p, top, total, shrink = pl.run_scoped(products, *shapes)
-                    plgpu.barrier_arrive(v_empty.at[slot_before])
-                    return acc * lax.broadcast_in_dim(shrink, acc.shape, [0]), top, total, p.astype(dtype)
-
                 top = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
                 total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
                 acc = plgpu.layout_cast(jnp.zeros((ROWS, e), jnp.float32), WGMMA)
-                if tiles.ahead:
-                    pl.when(group == 1)(pass_turn)
-                    plgpu.barrier_wait(k_full.at[0])
-                    take_turn()
-
-                    def scores(s_acc):
-                        plgpu.wgmma(s_acc, q_smem.at[group], k_smem.at[0].T)
-                        pass_turn()
-                        return s_acc[...]
-
-                    s = pl.run_scoped(scores, Accumulator((ROWS, width), jnp.float32))
-                    p, top, total, _ = softmax(finish(s, blocks.first, any(masks)), top, total)
-                    carry = acc, top, total, p.astype(dtype)
-                    acc, top, total, p = walk(step_ahead, carry, blocks.first + 1, blocks, own, masks)
-                    slot = slot_of(blocks.last - 1)
-                    plgpu.barrier_wait(v_full.at[slot])
-                    acc = weigh(acc, p, slot)
-                else:
+                # The first warpgroup has the turn at the start, and passes it once more at the end.
+                if tiles.ping_pong:
                     pl.when(group == 1)(take_turn)
-                    acc, top, total = walk(step, (acc, top, total), blocks.first, blocks, own, masks)
+                acc, top, total = walk(step, (acc, top, total), blocks.first, blocks, own, masks)
+                if tiles.ping_pong:
                     pl.when(group == 0)(pass_turn)
 
                 if call.query_lengths:

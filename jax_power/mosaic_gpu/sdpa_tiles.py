@@ -20,21 +20,18 @@ class Forward(NamedTuple):
     stages: int
     registers: tuple[int, int] | None
     ping_pong: bool
-    ahead: bool = False
 
 
 class Backward(NamedTuple):
     """`groups` consumer warpgroups of 64 rows against `stages` tiles of `width` of the other side.
 
-    `in_registers`: the operands that stay are A operands in registers, which takes their reads off shared memory. One stage: a
-    tile's last products are waited for before the next is loaded.
+    One stage: a tile's last products are waited for before the next is loaded.
     """
 
     groups: int
     width: int
     stages: int
     registers: tuple[int, int] | None
-    in_registers: bool = False
 
 
 def forward(d: int, e: int, score_tiles: int) -> Forward:

@@ -36,7 +36,7 @@ PAIRS = (
     (4224, 4224),
 )  # fmt: skip
 HEADS = ((4, 4), (4, 1), (6, 2))
-SIZES = ((64, 64), (128, 128), (96, 96), (256, 256), (64, 128), (80, 40))
+SIZES = (64, 128, 96, 256, 40)
 
 
 def matrix() -> list:
@@ -44,9 +44,9 @@ def matrix() -> list:
     found = []
     turns = zip(itertools.cycle(HEADS), itertools.cycle((None, None, (100, 0), (37, 51))), itertools.cycle(SIZES), strict=False)
     for (t, s), dtype, causal in itertools.product(PAIRS, ("bfloat16", "float16"), (False, True)):
-        (h_q, h_kv), window, (d, e) = next(turns)
-        name = f"{t}x{s}-{h_q}:{h_kv}-d{d}-e{e}-{'causal' if causal else 'full'}-{window}"
-        case = cases_sdpa.SdpaCase(name, t=t, s=s, h_q=h_q, h_kv=h_kv, d=d, e=e, causal=causal, window=window)
+        (h_q, h_kv), window, d = next(turns)
+        name = f"{t}x{s}-{h_q}:{h_kv}-d{d}-{'causal' if causal else 'full'}-{window}"
+        case = cases_sdpa.SdpaCase(name, t=t, s=s, h_q=h_q, h_kv=h_kv, d=d, e=d, causal=causal, window=window)
         found.append(pytest.param(case, dtype, id=f"{name}-{dtype}"))
     return found
 
@@ -82,27 +82,37 @@ def test_matches_oracle(case, dtype):
 
 @pytest.mark.parametrize(("case", "dtype"), matrix())
 def test_matrix(case, dtype):
-    """Within the contract where rounding averages out (4096 numbers), and never worse than twice JAX's own function."""
+    """Never worse than twice JAX's own function in the same dtype, and within the contract where rounding averages out.
+
+    That is, in tensors of 4096 numbers and more; fewer may be unluckier than any bound on the average. A gradient that is 0 but
+    for cancellation is measured against dy.
+    """
     arrays = case.make(dtype)
     want = case.exact(arrays, "mean")
     found = results(case, arrays, ours)
-    theirs = (
-        results(case, arrays, functools.partial(jax.nn.dot_product_attention, implementation="xla"))
-        if case.d == case.e
-        else None
-    )
+    theirs = results(case, arrays, functools.partial(jax.nn.dot_product_attention, implementation="xla"))
     bounds = cases_sdpa.bounds(dtype, "mosaic_gpu")
     size_of_dy = np.linalg.norm(arrays["dy"].astype(np.float64))
-    for name, x in found.items():
+    for name in found:
         size = np.linalg.norm(want[name])
         size = size if size > 1e-6 * size_of_dy else size_of_dy
-        error, their_error = (
-            None if y is None else np.linalg.norm(y[name].astype(np.float64) - want[name]) / size for y in (found, theirs)
-        )
-        limit = bounds[name] if want[name].size >= 4096 and size != size_of_dy else 2 * bounds[name]
-        assert error <= limit, f"{name}: {error:.2e}, bound {limit:.2e}"
-        if their_error is not None:
-            assert error <= 2 * their_error + 1e-7, f"{name}: {error:.2e}, JAX's function {their_error:.2e}"
+        error, their_error = (np.linalg.norm(x[name].astype(np.float64) - want[name]) / size for x in (found, theirs))
+        if want[name].size >= 4096 or size == size_of_dy:
+            assert error <= bounds[name], f"{name}: {error:.2e}, bound {bounds[name]:.2e}"
+        assert error <= 2 * their_error + 1e-7, f"{name}: {error:.2e}, JAX's function {their_error:.2e}"
+
+
+SIZES_THAT_DIFFER = [(64, 128), (80, 40), (256, 8), (13, 200)]
+
+
+@pytest.mark.parametrize(("d", "e"), SIZES_THAT_DIFFER)
+def test_value_size_may_differ(d, e):
+    case = cases_sdpa.SdpaCase(f"d{d}-e{e}", t=200, s=333, h_q=4, h_kv=2, d=d, e=e, causal=True)
+    arrays = case.make("bfloat16")
+    want = case.exact(arrays, "mean")
+    del want["lse"]
+    errors = cases.errors(results(case, arrays, ours), want, case, arrays["dy"])
+    cases.assert_within(errors, cases_sdpa.bounds("bfloat16", "mosaic_gpu"), case.name)
 
 
 def test_large_float16_inputs():
