@@ -24,15 +24,15 @@ MAX_HEAD = 256
 def supports(call: SdpaCall, device: str) -> str | None:
     """None, or why the kernels cannot serve `call`: the argument, and what would work."""
     if device != "cuda":
-        return f"the kernels run on a Hopper GPU, not on {device}: use 'xla'"
+        return f"device {device}: the kernels run on a Hopper GPU; move the arrays there"
     if (reason := platforms.not_hopper()) is not None:
         return reason
     if call.dtype not in ("float16", "bfloat16"):
-        return f"query: dtype {call.dtype} is not one of float16, bfloat16; cast it or use 'xla'"
+        return f"query dtype {call.dtype}: the kernels take bfloat16 or float16"
     for name, size in (("query and key", call.d), ("value", call.e)):
         if not 1 <= size <= MAX_HEAD:
-            return f"{name}: head size {size} is not within 1 to {MAX_HEAD}; use 'xla'"
-    return "dropout_p > 0 is not implemented; use dropout_p=0" if call.dropout_p > 0 else None
+            return f"{name} head size {size}: the kernels take 1 to {MAX_HEAD}"
+    return "dropout_p > 0 is not implemented" if call.dropout_p > 0 else None
 
 
 def forward(

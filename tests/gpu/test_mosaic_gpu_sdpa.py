@@ -35,14 +35,16 @@ PAIRS = (
     (128, 217), (193, 385), (256, 512), (512, 256), (384, 384), (640, 128), (799, 3), (1023, 1024), (1024, 1023), (2048, 2048),
     (4224, 4224),
 )  # fmt: skip
+# The other factors; 3, 5 and 7 of them, so that in turn all meet each other, and both dtypes with and without a causal mask.
 HEADS = ((4, 4), (4, 1), (6, 2))
-SIZES = (64, 128, 96, 256, 40)
+WINDOWS = (None, (100, 0), None, (37, 51), None)
+SIZES = (64, 128, 96, 64, 256, 128, 40)
 
 
 def matrix() -> list:
     """Every pair of lengths in both dtypes, causal or not, the other factors taking turns."""
     found = []
-    turns = zip(itertools.cycle(HEADS), itertools.cycle((None, None, (100, 0), (37, 51))), itertools.cycle(SIZES), strict=False)
+    turns = zip(*map(itertools.cycle, (HEADS, WINDOWS, SIZES)), strict=False)
     for (t, s), dtype, causal in itertools.product(PAIRS, ("bfloat16", "float16"), (False, True)):
         (h_q, h_kv), window, d = next(turns)
         name = f"{t}x{s}-{h_q}:{h_kv}-d{d}-{'causal' if causal else 'full'}-{window}"
