@@ -17,8 +17,8 @@ from jax_power.mosaic_gpu.sdpa_scores import Extra, padded
 LENGTH_STEP, HEAD_STEP = 8, 64
 # Numbers of each query or key that kernels read without TMA's bounds: up to the least common multiple of all tiles' rows.
 VECTOR_STEP = 384
-# Head sizes past this do not fit the registers.
-MAX_HEAD = 256
+# Head sizes past this have rows in the tile table, but have not run on a GPU; nor have tiles of scores past the second.
+MAX_HEAD, MAX_SCORE_TILE_HEAD = 128, 64
 
 
 def supports(call: SdpaCall, device: str) -> str | None:
@@ -32,6 +32,9 @@ def supports(call: SdpaCall, device: str) -> str | None:
     for name, size in (("query and key", call.d), ("value", call.e)):
         if not 1 <= size <= MAX_HEAD:
             return f"{name} head size {size}: the kernels take 1 to {MAX_HEAD}"
+    for name, shape in (("bias", call.bias), ("mask", call.mask)):
+        if shape is not None and min(shape[2:]) > 1 and max(call.d, call.e) > MAX_SCORE_TILE_HEAD:
+            return f"{name} shape {shape}: one that varies with queries and keys takes head sizes up to {MAX_SCORE_TILE_HEAD}"
     return "dropout_p > 0 is not implemented" if call.dropout_p > 0 else None
 
 

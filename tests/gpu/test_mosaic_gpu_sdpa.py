@@ -38,7 +38,7 @@ PAIRS = (
 # The other factors; 3, 5 and 7 of them, so that in turn all meet each other, and both dtypes with and without a causal mask.
 HEADS = ((4, 4), (4, 1), (6, 2))
 WINDOWS = (None, (100, 0), None, (37, 51), None)
-SIZES = (64, 128, 96, 64, 256, 128, 40)
+SIZES = (64, 128, 96, 64, 80, 128, 40)
 
 
 def matrix() -> list:
@@ -104,7 +104,7 @@ def test_matrix(case, dtype):
         assert error <= 2 * their_error + 1e-7, f"{name}: {error:.2e}, JAX's function {their_error:.2e}"
 
 
-SIZES_THAT_DIFFER = [(64, 128), (80, 40), (256, 8), (13, 200)]
+SIZES_THAT_DIFFER = [(64, 128), (80, 40), (128, 8), (13, 100)]
 
 
 @pytest.mark.parametrize(("d", "e"), SIZES_THAT_DIFFER)
