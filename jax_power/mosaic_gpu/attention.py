@@ -6,13 +6,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from bridge import spec
+from jax_power import platforms
 from jax_power.mosaic_gpu import power_bwd, power_fwd
 from jax_power.mosaic_gpu.attention_common import fill_up, head_scale, measure_ranges, sum_gates
 
 
 def supports(call: spec.PowerCall, device: str) -> str | None:
     """None, or why the kernels of the attention form cannot serve `call`: the argument, and what would work."""
-    if device not in ("gpu", "cuda"):
+    if device != "cuda":
         return f"device {device}: the kernels run on a Hopper GPU; move the arrays there"
     if call.form != "attention":
         return f"form={call.form!r}: these kernels compute form='attention'"
@@ -25,7 +26,7 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
             return f"head size {name}={size}: the kernels of the attention form take up to 128"
     if call.has_state or call.return_state:
         return "initial_state, return_state: the attention form's kernels have no state; use form='chunked'"
-    return None
+    return platforms.not_hopper()
 
 
 def forward(

@@ -1,0 +1,198 @@
+"""The Pallas kernels of scaled dot-product attention on a Hopper GPU: the case table, and a matrix of shapes like JAX's own.
+
+Skipped where there is no such GPU. Everything is held to the float64 oracle on the same rounded inputs, with random upstream
+gradients; in the matrix, also to twice the error of JAX's own function in the same dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bridge import cases, cases_sdpa
+from jax_power.sdpa import dot_product_attention
+
+
+def hopper() -> bool:
+    return jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"
+
+
+pytestmark = pytest.mark.skipif(not hopper(), reason="needs a Hopper GPU")
+
+TABLE = [
+    pytest.param(case, dtype, id=f"{case.name}-{dtype}")
+    for case in cases_sdpa.SDPA for dtype in ("bfloat16", "float16") if "jax" in case.twins and dtype in case.dtypes
+]  # fmt: skip
+
+# Lengths of queries and of keys: one, tiles of 64 and 128 less one, exact and plus one, and much more of one than of the other.
+PAIRS = (
+    (1, 1), (1, 2), (2, 1), (1, 239), (3, 799), (63, 64), (64, 63), (64, 65), (108, 256), (113, 203), (127, 128), (128, 129),
+    (128, 217), (193, 385), (256, 512), (512, 256), (384, 384), (640, 128), (799, 3), (1023, 1024), (1024, 1023), (2048, 2048),
+    (4224, 4224),
+)  # fmt: skip
+# The other factors; 3, 5 and 7 of them, so that in turn all meet each other, and both dtypes with and without a causal mask.
+HEADS = ((4, 4), (4, 1), (6, 2))
+WINDOWS = (None, (100, 0), None, (37, 51), None)
+SIZES = (64, 128, 96, 64, 80, 128, 40)
+
+
+def matrix() -> list:
+    """Every pair of lengths in both dtypes, causal or not, the other factors taking turns."""
+    found = []
+    turns = zip(*map(itertools.cycle, (HEADS, WINDOWS, SIZES)), strict=False)
+    for (t, s), dtype, causal in itertools.product(PAIRS, ("bfloat16", "float16"), (False, True)):
+        (h_q, h_kv), window, d = next(turns)
+        name = f"{t}x{s}-{h_q}:{h_kv}-d{d}-{'causal' if causal else 'full'}-{window}"
+        case = cases_sdpa.SdpaCase(name, t=t, s=s, h_q=h_q, h_kv=h_kv, d=d, e=d, causal=causal, window=window)
+        found.append(pytest.param(case, dtype, id=f"{name}-{dtype}"))
+    return found
+
+
+def results(case, arrays, function) -> dict[str, np.ndarray]:
+    """y and the gradients of every operand that has one, by name, through a public function."""
+    options = {
+        "scale": case.scale, "is_causal": case.causal, "local_window_size": case.window,
+        "query_seq_lengths": arrays.get("query_lengths"), "key_value_seq_lengths": arrays.get("key_lengths"),
+    }  # fmt: skip
+    operands = [jnp.asarray(np.ascontiguousarray(arrays[name])) for name in ("q", "k", "v", "bias") if name in arrays]
+
+    @jax.jit
+    def both(dy, mask, *operands):
+        y, pull_back = jax.vjp(lambda *x: function(*x, mask=mask, **options), *operands)
+        return y, *pull_back(dy)
+
+    found = both(jnp.asarray(np.ascontiguousarray(arrays["dy"])), arrays.get("mask"), *operands)
+    return {name: np.asarray(x) for name, x in zip(("y", "dq", "dk", "dv", "dbias"), found, strict=False)}
+
+
+ours = functools.partial(dot_product_attention, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(("case", "dtype"), TABLE)
+def test_matches_oracle(case, dtype):
+    arrays = case.make(dtype)
+    want = case.exact(arrays, "mean")
+    del want["lse"]
+    errors = cases.errors(results(case, arrays, ours), want, case, arrays["dy"])
+    cases.assert_within(errors, cases_sdpa.bounds(dtype, "mosaic_gpu"), f"{case.name} {dtype}")
+
+
+@pytest.mark.parametrize(("case", "dtype"), matrix())
+def test_matrix(case, dtype):
+    """Never worse than twice JAX's own function in the same dtype, and within the contract where rounding averages out.
+
+    That is, in tensors of 4096 numbers and more; fewer may be unluckier than any bound on the average. A gradient that is 0 but
+    for cancellation is measured against dy.
+    """
+    arrays = case.make(dtype)
+    want = case.exact(arrays, "mean")
+    found = results(case, arrays, ours)
+    theirs = results(case, arrays, functools.partial(jax.nn.dot_product_attention, implementation="xla"))
+    bounds = cases_sdpa.bounds(dtype, "mosaic_gpu")
+    size_of_dy = np.linalg.norm(arrays["dy"].astype(np.float64))
+    for name in found:
+        size = np.linalg.norm(want[name])
+        size = size if size > 1e-6 * size_of_dy else size_of_dy
+        error, their_error = (np.linalg.norm(x[name].astype(np.float64) - want[name]) / size for x in (found, theirs))
+        if want[name].size >= 4096 or size == size_of_dy:
+            assert error <= bounds[name], f"{name}: {error:.2e}, bound {bounds[name]:.2e}"
+        assert error <= 2 * their_error + 1e-7, f"{name}: {error:.2e}, JAX's function {their_error:.2e}"
+
+
+SIZES_THAT_DIFFER = [(64, 128), (80, 40), (128, 8), (13, 100)]
+
+
+@pytest.mark.parametrize(("d", "e"), SIZES_THAT_DIFFER)
+def test_value_size_may_differ(d, e):
+    case = cases_sdpa.SdpaCase(f"d{d}-e{e}", t=200, s=333, h_q=4, h_kv=2, d=d, e=e, causal=True)
+    arrays = case.make("bfloat16")
+    want = case.exact(arrays, "mean")
+    del want["lse"]
+    errors = cases.errors(results(case, arrays, ours), want, case, arrays["dy"])
+    cases.assert_within(errors, cases_sdpa.bounds("bfloat16", "mosaic_gpu"), case.name)
+
+
+def test_large_float16_inputs():
+    """q and k of deviation 8 at t = 4096: finite and within the contract."""
+    case = cases_sdpa.SdpaCase("large", t=4096, h_q=2, h_kv=2, d=64, e=64, causal=True, std=8.0)
+    arrays = case.make("float16")
+    want = case.exact(arrays, "mean")
+    del want["lse"]
+    errors = cases.errors(results(case, arrays, ours), want, case, arrays["dy"])
+    cases.assert_within(errors, cases_sdpa.bounds("float16", "mosaic_gpu"), "large")
+
+
+def test_log_sum_exp():
+    case = cases_sdpa.BY_NAME["everything"]
+    arrays = case.make("bfloat16")
+    operands = [jnp.asarray(np.ascontiguousarray(arrays[name])) for name in ("q", "k", "v", "bias", "mask")]
+    lengths = {"query_seq_lengths": arrays["query_lengths"], "key_value_seq_lengths": arrays["key_lengths"]}
+    options = {"scale": case.scale, "is_causal": case.causal, "local_window_size": case.window, "return_residual": True}
+    lse = np.asarray(ours(*operands, **options, **lengths)[1], np.float64)
+    want = case.exact(arrays, "mean")["lse"]
+    seen = np.isfinite(want)
+    assert np.linalg.norm(lse[seen] - want[seen]) / np.linalg.norm(want[seen]) < 3e-3
+    assert (lse[~seen] < -1e38).all()
+
+
+def test_vmap():
+    """A mapped axis, shared operands among them, equals a loop."""
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+        for shape in ((3, 2, 70, 2, 64), (2, 90, 2, 64), (3, 2, 90, 2, 64))
+    )
+
+    def gradient(q, k, v):
+        return jax.grad(lambda *x: (ours(*x).astype(jnp.float32) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    got = jax.jit(jax.vmap(gradient, (0, None, 0)))(q, k, v)
+    for n in range(3):
+        for mapped, single in zip(got, jax.jit(gradient)(q[n], k, v[n]), strict=True):
+            np.testing.assert_array_equal(mapped[n], single)
+
+
+def test_runs_are_bit_equal():
+    """A hundred calls, forward and backward, with every feature on."""
+    case = cases_sdpa.SdpaCase("repeat", b=2, t=1000, h_q=4, h_kv=2, d=64, e=64, causal=True, bias="hts", mask="bs")
+    arrays = case.make("bfloat16")
+    operands = [jnp.asarray(np.ascontiguousarray(arrays[name])) for name in ("q", "k", "v", "bias")]
+    dy, mask = jnp.asarray(arrays["dy"]), arrays["mask"]
+
+    @jax.jit
+    def both(dy, *operands):
+        y, pull_back = jax.vjp(lambda *x: ours(*x, mask=mask, is_causal=True), *operands)
+        return y, *pull_back(dy)
+
+    first = both(dy, *operands)
+    for _ in range(100):
+        for x, y in zip(both(dy, *operands), first, strict=True):
+            assert (x.view(jnp.uint16) == y.view(jnp.uint16)).all()
+
+
+def test_memory_is_linear_in_length():
+    """Temporary memory of forward and backward: no more than a few operands, at a length whose scores would take 17 GB."""
+    q = jax.ShapeDtypeStruct((1, 65536, 1, 64), jnp.bfloat16)
+
+    def both(q, dy):
+        y, pull_back = jax.vjp(lambda x: ours(x, x, x, is_causal=True), q)
+        return y, pull_back(dy)
+
+    memory = jax.jit(both).lower(q, q).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 12 * 65536 * 64 * 2
+
+
+def test_bias_gradient_takes_no_more_memory_than_the_bias():
+    q = jax.ShapeDtypeStruct((4, 2048, 4, 64), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((1, 1, 2048, 2048), jnp.bfloat16)
+
+    def gradient(q, bias):
+        return jax.grad(lambda bias: ours(q, q, q, bias).astype(jnp.float32).sum())(bias)
+
+    memory = jax.jit(gradient).lower(q, bias).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 12 * 4 * 2048 * 4 * 64 * 2 + 2 * 2048 * 2048 * 2
