@@ -1,0 +1,1 @@
+"""Fused Pallas kernels for Hopper GPUs (Mosaic GPU)."""

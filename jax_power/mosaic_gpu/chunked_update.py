@@ -1,0 +1,200 @@
+"""Update and scan of the chunked form in Pallas: the state before every chunk, S ← decay · S + Σ_tokens x[a] w x[j] y[e].
+
+The state of a head is kept as 64 (d) matrices, one a feature a: S[a][j, e] with j ≥ 16 ⌊a / 16⌋, so that features are products of
+pairs (a, j) at 16-wide resolution: D' = Σ_a (d − 16 ⌊a / 16⌋), 2560 rows at d = 64 against 2304 at 8-wide resolution, but every
+slice of them that a matrix product takes starts at a multiple of 16 and needs no gather (`state_blocks`).
+
+Sᵀ[a] = Σ_tokens (yᵀ · (w x)[a]) x is a product whose left operand is made in registers, the fragment of yᵀ times one number a
+token, and whose right one is a plain tile of x: φ is nowhere. A block (member, pair group, head, 64 columns of y) takes
+two consumer warpgroups with two features each, of blocks p and last − p, so that all have the same work; both walk all chunks, the state
+in their accumulators, and write it before each chunk, rounded to float16 and divided by the chunk's unit. One more warpgroup loads.
+
+Forward: x = k, y = v, w the decay to the chunk's end. Backward: x = q, y = dy, chunks last to first (the state's gradient).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jax_power.mosaic_gpu import compat
+
+# Side of the blocks of features: a k-step of a 16-bit matrix instruction.
+BLOCK = 16
+# Tokens of a tile: the 128 bytes of a swizzled row of 16-bit numbers.
+TILE = 64
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+WGMMA = plgpu.Layout.WGMMA
+ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)
+STAGES = 6
+
+
+def update(
+    weighted: Array,
+    x: Array,
+    y: Array,
+    decay: Array,
+    factor: Array,
+    first: Sequence[Array] | None,
+    *,
+    chunk_tiles: int,
+    group: int,
+    reverse: bool,
+    want_last: bool,
+) -> tuple[tuple[Array, ...], tuple[Array, ...] | None]:
+    """States before every chunk (behind it, if `reverse`) and the one after all.
+
+    Args:
+      weighted, x: (w x)ᵀ and xᵀ, float16 `[h · group, d, t]`, t a multiple of 64 · chunk_tiles.
+      y: yᵀ, float16 `[h · group, e, t]`.
+      decay: of every chunk, float32 `[h, chunks]`.
+      factor: what a state before a chunk is multiplied by when it is rounded, float32 `[h, chunks]`.
+      first: the first state, float32, per block b `[h, 16, e, d − 16 b]`; None is zero.
+      chunk_tiles: tiles of 64 tokens a chunk.
+      group: heads of x and y that share a state.
+      reverse: chunks are taken last to first.
+      want_last: also return the state after all chunks, like `first`.
+    Returns:
+      Per block b float16 `[chunks, h, 16, d − 16 b, e]`, and the last state or None.
+    """
+    d, tokens = x.shape[1:]
+    e, (h, chunks) = y.shape[1], decay.shape
+    blocks = d // BLOCK
+    widths = [d - BLOCK * b for b in range(blocks)]
+    kinds, halves = blocks // 4, e // 64
+    tiles = group * chunk_tiles
+    total = chunks * tiles
+    stages = min(STAGES if d == 64 else 4, total)
+    has_first = first is not None
+
+    def position(i: Any) -> tuple[Any, Any]:
+        """Group member and first token of the i-th tile of the walk."""
+        step, inside = lax.div(i, jnp.int32(tiles)), lax.rem(i, jnp.int32(tiles))
+        chunk = chunks - 1 - step if reverse else step
+        return lax.div(inside, jnp.int32(chunk_tiles)), (chunk * chunk_tiles + lax.rem(inside, jnp.int32(chunk_tiles))) * TILE
+
+    def body(weighted_gmem: Any, x_gmem: Any, y_gmem: Any, decay_gmem: Any, factor_gmem: Any, *refs: Any) -> None:
+        first_gmem, refs = refs[: blocks * has_first], refs[blocks * has_first :]
+        states_gmem, refs = refs[:blocks], refs[blocks:]
+        last_gmem, (scratch,) = refs[: blocks * want_last], refs[blocks * want_last :]
+        rows_smem, x_smem, y_smem, out_smem, full, empty = scratch
+        item, thread = lax.axis_index("item"), lax.axis_index("warpgroup")
+        member = lax.rem(item, jnp.int32(BLOCK))
+        rest = lax.div(item, jnp.int32(BLOCK))
+        kind = lax.rem(rest, jnp.int32(kinds))
+        rest = lax.div(rest, jnp.int32(kinds))
+        half, head = lax.rem(rest, jnp.int32(halves)), lax.div(rest, jnp.int32(halves))
+
+        def consume(thread: int, kind: int) -> None:
+            own = (2 * kind + thread, blocks - 1 - 2 * kind - thread)
+
+            def tile_products(accs: Any, i: Any) -> None:
+                slot = lax.rem(i, jnp.int32(stages))
+                plgpu.barrier_wait(full.at[slot])
+                y_tile = compat.load(y_smem.at[slot], WGMMA)
+                for acc, b in zip(accs, own, strict=True):
+                    row = compat.load(rows_smem.at[slot, b], COLUMNS)
+                    a = y_tile * lax.broadcast_in_dim(row, (64, TILE), [1])
+                    keys = x_smem.at[slot] if b == 0 else x_smem.at[slot, pl.ds(BLOCK * b, widths[b])]
+                    plgpu.wgmma(acc, a, plgpu.transpose_ref(keys, (1, 0)))
+                plgpu.wgmma_wait(2)
+
+            def chunk_step(step: Any, accs: Any) -> Any:
+                chunk = chunks - 1 - step if reverse else step
+                scale, across = factor_gmem[head, chunk], decay_gmem[head, chunk]
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for n, (acc, b) in enumerate(zip(accs, own, strict=True)):
+                    rounded = plgpu.layout_cast((acc * scale).astype(jnp.float16), plgpu.Layout.WGMMA_TRANSPOSED)
+                    out = out_smem.at[thread, n, pl.ds(0, widths[b])]
+                    plgpu.transpose_ref(out, (1, 0))[...] = rounded
+                plgpu.commit_smem()
+                for n, b in enumerate(own):
+                    out = out_smem.at[thread, n, pl.ds(0, widths[b])]
+                    plgpu.copy_smem_to_gmem(out, states_gmem[b].at[chunk, head, member, :, pl.ds(half * 64, 64)])
+                accs = tuple(acc * across for acc in accs)
+                base = step * tiles
+
+                def products(refs: Any) -> None:
+                    def pair(i: Any, _: None) -> None:
+                        for u in range(2):
+                            tile = base + 2 * i + u
+                            tile_products(refs, tile)
+
+                            def release(tile: Any = tile) -> None:
+                                plgpu.barrier_arrive(empty.at[lax.rem(tile + (stages - 1), jnp.int32(stages))])
+
+                            pl.when(i > 0)(release) if u == 0 else release()
+
+                    lax.fori_loop(0, tiles // 2, pair, None)
+                    plgpu.wgmma_wait(0)
+
+                accs = pl.run_state(products)(tuple(plgpu.ACC.init(acc) for acc in accs))
+                plgpu.barrier_arrive(empty.at[lax.rem(base + (tiles - 1), jnp.int32(stages))])
+                return tuple(accs)
+
+            plgpu.set_max_registers(232, action="increase")
+            if has_first:
+                accs = tuple(
+                    compat.load_global(first_gmem[b].at[head, member, pl.ds(half * 64, 64)], WGMMA) for b in own
+                )
+            else:
+                accs = tuple(plgpu.layout_cast(jnp.zeros((64, widths[b]), jnp.float32), WGMMA) for b in own)
+            accs = lax.fori_loop(0, chunks, chunk_step, accs)
+            if want_last:
+                for acc, b in zip(accs, own, strict=True):
+                    last_gmem[b].at[head, member, pl.ds(half * 64, 64)][...] = acc
+            plgpu.wait_smem_to_gmem(0)
+
+        for own_thread in range(2):
+            for own_kind in range(kinds):
+                here = (thread == own_thread) & (kind == own_kind) if kinds > 1 else thread == own_thread
+                pl.when(here)(functools.partial(consume, own_thread, own_kind))
+
+        @pl.when(thread == 2)
+        def _load() -> None:
+            plgpu.set_max_registers(40, action="decrease")
+
+            def load(i: Any, slot: Any) -> None:
+                source, token = position(i)
+                source, token = head * group + source, pl.ds(token, TILE)
+                plgpu.copy_gmem_to_smem(weighted_gmem.at[source, :, member, token], rows_smem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(x_gmem.at[source, :, token], x_smem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(y_gmem.at[source, pl.ds(half * 64, 64), token], y_smem.at[slot], full.at[slot])
+
+            for i in range(stages):
+                load(jnp.int32(i), i)
+
+            @pl.loop(0, total - stages)
+            def _(i: Any) -> None:
+                slot = lax.rem(i, jnp.int32(stages))
+                plgpu.barrier_wait(empty.at[slot])
+                load(i + stages, slot)
+
+    state_types = [jax.ShapeDtypeStruct((chunks, h, BLOCK, width, e), jnp.float16) for width in widths]
+    last_types = [jax.ShapeDtypeStruct((h, BLOCK, e, width), jnp.float32) for width in widths] if want_last else []
+    results = compat.kernel(
+        body,
+        out_type=[*state_types, *last_types],
+        scratch_types=[
+            (
+                plgpu.SMEM((stages, blocks, TILE), jnp.float16),
+                plgpu.SMEM((stages, d, TILE), jnp.float16, transforms=TILED),
+                plgpu.SMEM((stages, 64, TILE), jnp.float16, transforms=TILED),
+                plgpu.SMEM((2, 2, d, 64), jnp.float16, transforms=TILED),
+                plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+                plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            )
+        ],
+        grid=(BLOCK * kinds * halves * h,),
+        grid_names=("item",),
+        num_threads=3,
+        thread_name="warpgroup",
+    )(weighted.reshape(-1, blocks, BLOCK, tokens), x, y, decay, factor, *(first or ()))
+    return tuple(results[:blocks]), tuple(results[blocks:]) if want_last else None
