@@ -22,6 +22,8 @@ from jax_power.mosaic_gpu.chunked_fwd import scaled_first, update_states
 from jax_power.mosaic_gpu.chunked_gradient_kv import KeyRows, QueryColumns, gradient_kv
 from jax_power.mosaic_gpu.chunked_gradient_q import QueryRows, gradient_q
 from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
+from jax_power.mosaic_gpu.chunked_stage import moments as moments_of
+from jax_power.mosaic_gpu.chunked_stage import stage
 from jax_power.mosaic_gpu.chunked_update import TILE, update
 
 # C above; factors 2^x on ds~, on P / den and on the weights of the state gradient that centre them in float16's range: at
@@ -33,19 +35,19 @@ CUT = -18.0
 
 
 class Rows(NamedTuple):
-    """Per query head: q~ and D transposed, float16 `[b · h_q, feature, t]`; float32 `[b · h_q, t]` factors.
+    """Per query head: q~, w 2^STATE_GRADIENT_SHIFT q~ and D transposed, float16 `[b · h_q, feature, t]`; float32 `[b · h_q, t]` factors.
 
     Fields:
-      q_factor: from q to q~.      h: h above.      delta: <dy, y>, unscaled.      weight: w · 2^STATE_GRADIENT_SHIFT.
-      bound: what the token adds to the state gradient's bound.      dy_exponent: δ, `[h_kv]`.
+      q_factor: from q to q~.      h: h above.      delta: <dy, y>, unscaled.      bound: what the token adds to the state gradient's bound.
+      dy_exponent: δ, `[h_kv]`.
     """
 
     q: Array
+    weighted: Array
     dy: Array
     q_factor: Array
     h: Array
     delta: Array
-    weight: Array
     bound: Array
     dy_exponent: Array
 
@@ -60,31 +62,29 @@ def prepare_rows(
     den, power = norm, z.score_exponent
     seen = den > 0
     safe = jnp.where(seen, den, 1.0)
-    factor = prepare.row_factor(q)[..., 0]
-    dy32 = dy.astype(jnp.float32)
-    delta = (dy32 * y.astype(jnp.float32)).sum(-1)
+    factor = prepare.row_factor(q)
+    delta = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1)
     dy_factor = seen.astype(jnp.float32)
     if not call.normalize:
         of_k = prepare.power_of_two(-2 * keys.k_exponent - power).reshape(z.b, 1, z.h_kv) * call.scale**2
         dy_factor = den * jnp.repeat(of_k, z.group, axis=2) / factor**2
-    dy32 = dy32 * dy_factor[..., None]
-    dy_exponent = prepare.head_exponent(dy32, z.h_kv, prepare.DY_RANGE)
+    largest = (jnp.max(jnp.abs(dy), axis=-1).astype(jnp.float32) * jnp.abs(dy_factor))[..., None]
+    dy_exponent = prepare.head_exponent(largest, z.h_kv, prepare.DY_RANGE)
     of_dy = jnp.repeat(prepare.power_of_two(dy_exponent).reshape(z.b, 1, z.h_kv), z.group, axis=2)
     level = jnp.where(seen, jnp.maximum((floor_log2(safe) - power) >> 1, Q_SHIFT - 12), 0)
     h = jnp.where(seen, prepare.power_of_two(2 * (level - Q_SHIFT) + power) / safe, 0.0)
     q_factor = factor * prepare.power_of_two(Q_SHIFT - level)
-    h, delta, q_factor, level, inverse = (
-        prepare.rows_of(z, x) for x in (h, delta, q_factor, level, jnp.where(seen, 2.0 ** (power + STATE_GRADIENT_SHIFT) / safe, 0.0))
+    inverse = jnp.where(seen, 2.0 ** (power + STATE_GRADIENT_SHIFT) / safe, 0.0)
+    h, delta, q_factor, level, inverse, dy_factor = (
+        prepare.rows_of(z, x) for x in (h, delta, q_factor, level, inverse, dy_factor * of_dy)
     )
     decay = jnp.exp2(jnp.repeat(gates.chunk_prefix, z.group, axis=0))
     # w q~² < 2^15, or the update's float16 features overflow: reached only by rows nearly orthogonal to all they remember.
     most = prepare.power_of_two(15 - 2 * (prepare.Q_RANGE + Q_SHIFT - level))
     weight = jnp.minimum(decay * h * 2.0**STATE_GRADIENT_SHIFT, most)
-    q = prepare.transposed(prepare.fill_up(z, q, z.padded_d)).astype(jnp.float32) * q_factor[:, None]
-    dy = prepare.transposed(prepare.fill_up(z, dy32 * of_dy[..., None], z.padded_e))
-    return Rows(
-        q.astype(jnp.float16), dy.astype(jnp.float16), q_factor, h, delta, weight, decay * inverse, dy_exponent
-    )
+    staged, weighted = stage(prepare.fill_up(z, q, z.padded_d), q_factor, weight)
+    (dy,) = stage(prepare.fill_up(z, dy, z.padded_e), dy_factor)
+    return Rows(staged, weighted, dy, q_factor, h, delta, decay * inverse, dy_exponent)
 
 
 class StateGradient(NamedTuple):
@@ -119,20 +119,15 @@ def update_gradient(
         last_z = last_z * prepare.power_of_two(exponent + keys.v_exponent)[:, None, None]
         largest_s = jnp.max(jnp.abs(last_s), (1, 2, 3)) * 2.0**-bits
         largest_z = jnp.max(jnp.abs(last_z), (1, 2)) * 2.0**-moment_bits
-    weighted = (rows.q.astype(jnp.float32) * rows.weight[:, None]).astype(jnp.float16)
     factors = [
         prepare.state_factor(prepare.scan_chunks(gates.chunk_sum, bound, largest, reverse=True)[0], n)
         for largest, n in ((largest_s, bits), (largest_z, moment_bits))
     ]
     states, first = update(
-        weighted, rows.q, rows.dy, jnp.exp2(gates.chunk_sum), factors[0], None if last_s is None else prepare.to_blocks(z, last_s),
+        rows.weighted, rows.q, rows.dy, jnp.exp2(gates.chunk_sum), factors[0], None if last_s is None else prepare.to_blocks(z, last_s),
         chunk_tiles=z.chunk_tiles, group=z.group, reverse=True, want_last=want_first,
     )  # fmt: skip
-    chunked = (z.heads, z.group, z.padded_d, z.chunks, z.chunk)
-    minus_mean = (weighted.astype(jnp.float32) * -mean[:, None]).astype(jnp.float16)
-    x = jnp.einsum(
-        "hganc,hgjnc->hnaj", minus_mean.reshape(chunked), rows.q.reshape(chunked), preferred_element_type=jnp.float32
-    )
+    x = moments_of(rows.weighted, rows.q, chunk=z.chunk, group=z.group, values=-mean)
     moments, first_moments = prepare.scan_chunks(gates.chunk_sum, x, last_z, reverse=True)
     moments = (moments * factors[1][..., None, None]).astype(jnp.float16)
     return StateGradient(states, moments, 1.0 / factors[0], 1.0 / factors[1], first, first_moments)

@@ -25,6 +25,8 @@ from bridge import spec
 from jax_power.mosaic_gpu import chunked_prepare as prepare
 from jax_power.mosaic_gpu import compat
 from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
+from jax_power.mosaic_gpu.chunked_stage import moments as moments_of
+from jax_power.mosaic_gpu.chunked_stage import stage
 from jax_power.mosaic_gpu.chunked_update import BLOCK, COLUMNS, ROWS, TILE, TILED, WGMMA, update
 
 
@@ -45,6 +47,11 @@ def state_tiles(d: int) -> list[tuple[int, int, int]]:
     return [(w, n, BLOCK // n) for w, n in zip(widths, together, strict=True)]
 
 
+def load_fragments(ref: Any) -> Array:
+    """A tile that lies transposed in shared memory as the left operand of a product."""
+    return plgpu.layout_cast(compat.load(plgpu.transpose_ref(ref, (1, 0)), plgpu.Layout.WGMMA_TRANSPOSED), WGMMA)
+
+
 def decay_on_diagonal(prefix_rows: Array, prefix_columns: Array, *, rows_first: bool = True) -> Array:
     """2^(prefix_i − prefix_j) for j ≤ i on a square tile, else 0; queries i are its rows, or its columns."""
     shape = (TILE, TILE)
@@ -58,7 +65,6 @@ def decay_on_diagonal(prefix_rows: Array, prefix_columns: Array, *, rows_first: 
 def query(
     z: Sizes,
     q: Array,
-    q_transposed: Array,
     keys: Keys,
     gates: Gates,
     states: tuple[Array, ...],
@@ -74,7 +80,7 @@ def query(
     """y `[b, padded t, h_q, padded e]` in `out_dtype` and norm `[b · h_q, padded t]` (den above).
 
     Args:
-      q, q_transposed: q^, float16 `[b, t, h_q, d]` and `[b · h_q, d, t]`.
+      q: q^ᵀ, float16 `[b · h_q, d, t]`.
       states, moments: before every chunk, float16; none at all if the call is one chunk from nothing.
       state_row, moment_row: what the products with state and moments are multiplied by, float32 `[h, t]`.
       finish: last factor on y, float32: `[h_q]` with `normalize` (2^−ν), else `[h_q, t]`.
@@ -84,18 +90,18 @@ def query(
     blocks, has_states = z.chunk // rows, len(states) > 0
     tables = state_tiles(d) if has_states else []
     stages, key_stages = (6, 3) if d == e == 64 else (3 if d + e < 256 else 2, 2)
-    registers = REGISTERS[groups]
+    registers, direct = REGISTERS[groups], d == e == 128  # which leaves no shared memory to gather whole rows of y in
     states = tuple(x.reshape(z.chunks, z.heads, -1, e) for x in states)
 
-    def body(q_gmem: Any, qt_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
+    def body(q_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
         prefix_gmem, decay_gmem, total_gmem, finish_gmem, *refs = refs
         if has_states:
             moments_gmem, state_row_gmem, moment_row_gmem, *refs = refs
         states_gmem, (y_gmem, norm_gmem, scratch) = refs[: len(tables)], refs[len(tables) :]
-        rows_smem, qt_smem, vectors_smem, state_smem, k_smem, v_smem, decay_smem, *others = scratch
+        q_smem, factors_smem, vectors_smem, state_smem, k_smem, v_smem, decay_smem, *others = scratch
         rows_full, state_full, state_empty, keys_full, keys_empty = others[-5:]
-        # y leaves through the queries and the moments arrive in the first state slot, where the head sizes let them.
-        y_smem, moments_smem = (rows_smem, state_smem.at[0]) if d == e else others[:2]
+        # Where the head sizes let them, y leaves through the queries and the moments arrive in the first state slot.
+        y_smem, moments_smem = (q_smem, state_smem.at[0]) if d == e else others[:2]
         item, thread = lax.axis_index("item"), lax.axis_index("warpgroup")
         chunk, rest = lax.rem(item, jnp.int32(z.chunks)), lax.div(item, jnp.int32(z.chunks))
         block = blocks - 1 - lax.rem(rest, jnp.int32(blocks))
@@ -113,11 +119,10 @@ def query(
             own_tile = block * groups + thread
             token = chunk * z.chunk + own_tile * TILE
             here, mine = pl.ds(token, TILE), rows_full.at[thread]
-            q_smem = rows_smem.at[thread]
-            plgpu.copy_gmem_to_smem(q_gmem.at[batch, here, own_head], q_smem, mine)
+            plgpu.copy_gmem_to_smem(q_gmem.at[q_head, :, here], q_smem.at[thread], mine)
             plgpu.copy_gmem_to_smem(prefix_gmem.at[head, here], vectors_smem.at[thread, 0], mine)
             if has_states:
-                plgpu.copy_gmem_to_smem(qt_gmem.at[q_head, :, here], qt_smem.at[thread], mine)
+                plgpu.copy_gmem_to_smem(q_gmem.at[q_head, :, here], factors_smem.at[thread], mine)
                 plgpu.copy_gmem_to_smem(state_row_gmem.at[head, here], vectors_smem.at[thread, 1], mine)
                 plgpu.copy_gmem_to_smem(moment_row_gmem.at[head, here], vectors_smem.at[thread, 2], mine)
             plgpu.barrier_wait(mine)
@@ -130,7 +135,7 @@ def query(
 
             def query_moments() -> Array:
                 """q^ᵀ M q^ of each row."""
-                q = compat.load(q_smem, WGMMA)
+                q = load_fragments(q_smem.at[thread])
                 plgpu.barrier_wait(state_full.at[0])
 
                 def product(acc: Any) -> Array:
@@ -143,7 +148,7 @@ def query(
 
             def query_state(acc: Any) -> Array:
                 """ψ(q^) S: products over pairs (a, j), those with j in a later block than a twice, as (j, a) is not in the state."""
-                q = compat.load(q_smem, WGMMA)
+                q = load_fragments(q_smem.at[thread])
                 column = plgpu.broadcasted_iota(jnp.int32, (TILE, d), 1, layout=WGMMA)
                 start = 1
                 for b, (width, together, tiles) in enumerate(tables):
@@ -156,7 +161,7 @@ def query(
                             tile = start + 2 * i + u
                             slot = lax.rem(jnp.int32(tile), jnp.int32(stages))
                             factors = [
-                                compat.load(qt_smem.at[thread, BLOCK * b + (2 * i + u) * together + n], ROWS) for n in range(together)
+                                compat.load(factors_smem.at[thread, BLOCK * b + (2 * i + u) * together + n], ROWS) for n in range(together)
                             ]
                             operands = [doubled * spread(x, width) for x in factors]
                             plgpu.barrier_wait(state_full.at[slot])
@@ -183,7 +188,7 @@ def query(
 
             def scores(slot: Any) -> Array:
                 def product(s: Any) -> Array:
-                    plgpu.wgmma(s, q_smem, k_smem.at[slot])
+                    plgpu.wgmma(s, plgpu.transpose_ref(q_smem.at[thread], (1, 0)), k_smem.at[slot])
                     return s[...]
 
                 return pl.run_scoped(product, plgpu.ACC((TILE, TILE), jnp.float32))
@@ -240,9 +245,14 @@ def query(
             else:
                 factor = compat.load_global(finish_gmem.at[q_head, here], ROWS) / lift
             vectors_smem.at[thread, 1][...] = den / lift
-            y_smem.at[thread][...] = lax.bitcast_convert_type((acc * spread(factor, e)).astype(out_dtype), jnp.float16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_smem.at[thread], y_gmem.at[batch, here, own_head])
+            y = lax.bitcast_convert_type((acc * spread(factor, e)).astype(out_dtype), jnp.float16)
+            if direct:
+                y_gmem.at[batch, here, own_head][...] = y
+                plgpu.commit_smem()
+            else:
+                y_smem.at[thread][...] = y
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(y_smem.at[thread], y_gmem.at[batch, here, own_head])
             plgpu.copy_smem_to_gmem(vectors_smem.at[thread, 1], norm_gmem.at[q_head, here])
             plgpu.wait_smem_to_gmem(0)
 
@@ -282,7 +292,7 @@ def query(
                 pl.when(i >= key_stages)(lambda: plgpu.barrier_wait(keys_empty.at[lax.rem(i, jnp.int32(key_stages))]))
                 load_keys(i)
 
-    arrays = [q, q_transposed, keys.k, keys.v, gates.tile_prefix, gates.tile_decay, gates.tile_total, finish]
+    arrays = [q, keys.k, keys.v, gates.tile_prefix, gates.tile_decay, gates.tile_total, finish]
     if has_states:
         arrays += [moments, state_row, moment_row, *states]
     apart = [plgpu.SMEM((groups, TILE, e), jnp.float16, transforms=TILED), plgpu.SMEM((d, d), jnp.float16, transforms=NARROW)]
@@ -295,7 +305,7 @@ def query(
         ],
         scratch_types=[
             (
-                plgpu.SMEM((groups, TILE, d), jnp.float16, transforms=TILED),
+                plgpu.SMEM((groups, d, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((groups, d, TILE), jnp.float16),
                 plgpu.SMEM((groups, 3, TILE), jnp.float32),
                 plgpu.SMEM((stages, d, e), jnp.float16, transforms=NARROW),
@@ -319,21 +329,6 @@ def query(
     return lax.bitcast_convert_type(y, out_dtype), norm
 
 
-class Queries(NamedTuple):
-    """q^ as float16 `[b, t, h_q, d]` and transposed `[b · h_q, d, t]`, and 2^−a of each row, float32 `[b · h_q, t]`."""
-
-    rows: Array
-    transposed: Array
-    undo: Array
-
-
-def prepare_queries(z: Sizes, q: Array) -> Queries:
-    q = prepare.fill_up(z, q, z.padded_d)
-    factor = prepare.row_factor(q)
-    rows = (q.astype(jnp.float32) * factor).astype(jnp.float16)
-    return Queries(rows, prepare.transposed(rows), 1.0 / jnp.moveaxis(factor[..., 0], 1, 2).reshape(z.q_heads, -1))
-
-
 class States(NamedTuple):
     """What queries read: states and moments before every chunk, float16, and what undoes their units `[h, chunks]`; the last ones."""
 
@@ -351,7 +346,8 @@ def update_states(z: Sizes, keys: Keys, gates: Gates, s0: Array | None, z0: Arra
     bits = 2 * prepare.K_RANGE + prepare.V_RANGE
     first = None if s0 is None else jnp.max(jnp.abs(s0), (1, 2, 3)) * 2.0**-bits
     state_bound, _ = prepare.scan_chunks(gates.chunk_sum, weight, first)
-    moments, last_moments = prepare.moments_before(z, gates, keys, z0)
+    of_chunks = moments_of(keys.weighted, keys.k, chunk=z.chunk, group=1)
+    moments, last_moments = prepare.scan_chunks(gates.chunk_sum, of_chunks, z0)
     first = None if z0 is None else jnp.max(jnp.abs(z0), (1, 2)) * 2.0 ** (-2 * prepare.K_RANGE)
     moment_bound, _ = prepare.scan_chunks(gates.chunk_sum, weight, first)
     state_factor = prepare.state_factor(state_bound, bits)
@@ -382,7 +378,9 @@ def forward(
     """y `[b, t, h_q, e]` in the dtype of v, norm `[b, t, h_q]` in units of its own, and the last state if the call returns it."""
     z = prepare.sizes_of(call)
     gates = prepare.sum_gates(z, log_g)
-    keys, queries = prepare.prepare_keys(z, k, v, gates), prepare_queries(z, q)
+    keys = prepare.prepare_keys(z, k, v, gates)
+    q_factor = prepare.rows_of(z, prepare.row_factor(q))
+    (queries,) = stage(prepare.fill_up(z, q, z.padded_d), q_factor)
     first_s, first_z = scaled_first(z, keys, s0, z0)
     spreads = z.chunks > 1 or s0 is not None
     held = update_states(z, keys, gates, first_s, first_z, want_last=call.return_state) if spreads or call.return_state else None
@@ -394,9 +392,9 @@ def forward(
     finish = jnp.repeat(prepare.power_of_two(-keys.v_exponent), z.group)
     if not call.normalize:
         of_k = jnp.repeat(prepare.power_of_two(-2 * keys.k_exponent), z.group) * call.scale**2 * 2.0**-z.score_exponent
-        finish = (finish * of_k)[:, None] * queries.undo**2
+        finish = (finish * of_k)[:, None] / jnp.where(q_factor > 0, q_factor, 1.0) ** 2
     y, norm = query(
-        z, queries.rows, queries.transposed, keys, gates, **rows, finish=finish, normalize=call.normalize,
+        z, queries, keys, gates, **rows, finish=finish, normalize=call.normalize,
         first_chunk_has_state=s0 is not None, out_dtype=v.dtype,
     )  # fmt: skip
     norm = jnp.moveaxis(norm.reshape(z.b, z.h_q, -1)[..., : z.t], 1, 2)

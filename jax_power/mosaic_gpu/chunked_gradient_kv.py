@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jax_power.mosaic_gpu import compat
-from jax_power.mosaic_gpu.chunked_fwd import NARROW, decay_on_diagonal
-from jax_power.mosaic_gpu.chunked_gradient_q import HALF_MAX, copy_matrix, gradient_groups, load_fragments
+from jax_power.mosaic_gpu.chunked_fwd import NARROW, decay_on_diagonal, load_fragments
+from jax_power.mosaic_gpu.chunked_gradient_q import HALF_MAX, copy_matrix, gradient_groups
 from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
 from jax_power.mosaic_gpu.chunked_update import BLOCK, COLUMNS, ROWS, TILE, TILED, WGMMA
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jax_power.mosaic_gpu import compat
-from jax_power.mosaic_gpu.chunked_fwd import decay_on_diagonal
+from jax_power.mosaic_gpu.chunked_fwd import decay_on_diagonal, load_fragments
 from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
 from jax_power.mosaic_gpu.chunked_update import BLOCK, COLUMNS, ROWS, TILE, TILED, WGMMA
 
@@ -49,11 +49,6 @@ class QueryRows(NamedTuple):
     moment: Array
     mass: Array
     finish: Array
-
-
-def load_fragments(ref: Any) -> Array:
-    """A tile that lies transposed in shared memory as the left operand of a product."""
-    return plgpu.layout_cast(compat.load(plgpu.transpose_ref(ref, (1, 0)), plgpu.Layout.WGMMA_TRANSPOSED), WGMMA)
 
 
 def copy_matrix(states_gmem: Any, at: tuple[Any, Any], block: int, member: Any, target: Any, full: Any) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from bridge import spec
+from jax_power.mosaic_gpu.chunked_stage import stage
 from jax_power.mosaic_gpu.chunked_update import BLOCK, TILE
 
 # Ranges of the scaled operands, as powers of two: |q^| < 2^Q_RANGE (each row on its own), |k^| < 2^K_RANGE, |v^| < 2^V_RANGE (each
@@ -185,18 +186,13 @@ def head_exponent(x: Array, h_kv: int, power: int) -> Array:
 
 
 def row_factor(x: Array) -> Array:
-    """2^a that brings each row of `[…, n]` into [2^(Q_RANGE − 1), 2^Q_RANGE), `[…, 1]`."""
-    return power_of_two(scaling_exponent(jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32), Q_RANGE))
+    """2^a that brings each row of `[…, n]` into [2^(Q_RANGE − 1), 2^Q_RANGE), `[…]`."""
+    return power_of_two(scaling_exponent(jnp.max(jnp.abs(x), axis=-1).astype(jnp.float32), Q_RANGE))
 
 
 def fill_up(z: Sizes, x: Array, width: int) -> Array:
     """`[b, t, h, n]` with zeros up to whole chunks and `width` features."""
     return jnp.pad(x, ((0, 0), (0, z.tokens - z.t), (0, 0), (0, width - x.shape[3])))
-
-
-def transposed(x: Array) -> Array:
-    """`[b, t, h, n]` → `[b · h, n, t]`."""
-    return jnp.transpose(x, (0, 2, 3, 1)).reshape(-1, x.shape[3], x.shape[1])
 
 
 def rows_of(z: Sizes, x: Array) -> Array:
@@ -216,11 +212,8 @@ class Keys(NamedTuple):
 
 def prepare_keys(z: Sizes, k: Array, v: Array, gates: Gates) -> Keys:
     k_exponent, v_exponent = head_exponent(k, z.h_kv, K_RANGE), head_exponent(v, z.h_kv, V_RANGE)
-    k, v = transposed(fill_up(z, k, z.padded_d)), transposed(fill_up(z, v, z.padded_e))
-    k = k.astype(jnp.float32) * power_of_two(k_exponent)[:, None, None]
-    v = v.astype(jnp.float32) * power_of_two(v_exponent)[:, None, None]
-    weighted = k * gates.chunk_decay[:, None]
-    return Keys(k.astype(jnp.float16), v.astype(jnp.float16), weighted.astype(jnp.float16), k_exponent, v_exponent)
+    staged, weighted = stage(fill_up(z, k, z.padded_d), power_of_two(k_exponent), gates.chunk_decay)
+    return Keys(staged, stage(fill_up(z, v, z.padded_e), power_of_two(v_exponent))[0], weighted, k_exponent, v_exponent)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,12 +269,3 @@ def from_blocks(z: Sizes, blocks: tuple[Array, ...]) -> Array:
 def state_factor(bound: Array, bits: int) -> Array:
     """What brings a state whose entries are below bound · 2^bits into float16's range; 1 where the bound is 0."""
     return jnp.where(bound > 0, 2.0 ** (STATE_RANGE - bits) / jnp.where(bound > 0, bound, 1.0), 1.0)
-
-
-def moments_before(z: Sizes, gates: Gates, keys: Keys, first: Array | None) -> tuple[Array, Array]:
-    """Σ w k^ k^ᵀ before every chunk `[h, chunks, d, d]` and after all, float32; q^ᵀ M q^ is the normaliser's part through the state."""
-    chunked = (z.heads, z.padded_d, z.chunks, z.chunk)
-    x = jnp.einsum(
-        "hanc,hjnc->hnaj", keys.weighted.reshape(chunked), keys.k.reshape(chunked), preferred_element_type=jnp.float32
-    )
-    return scan_chunks(gates.chunk_sum, x, first)
