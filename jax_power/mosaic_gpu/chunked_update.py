@@ -5,9 +5,11 @@ pairs (a, j) at 16-wide resolution: D' = Σ_a (d − 16 ⌊a / 16⌋), 2560 rows
 slice of them that a matrix product takes starts at a multiple of 16 and needs no gather (`state_blocks`).
 
 Sᵀ[a] = Σ_tokens (yᵀ · (w x)[a]) x is a product whose left operand is made in registers, the fragment of yᵀ times one number a
-token, and whose right one is a plain tile of x: φ is nowhere. A block (member, pair group, head, 64 columns of y) takes
-two consumer warpgroups with two features each, of blocks p and last − p, so that all have the same work; both walk all chunks, the state
-in their accumulators, and write it before each chunk, rounded to float16 and divided by the chunk's unit. One more warpgroup loads.
+token, and whose right one is a plain tile of x: φ is nowhere. A block (member, kind, head, 64 columns of y) takes the features
+16 b + member of four blocks b. Its two consumer warpgroups share their tokens, every other tile each, so that one fragment of yᵀ serves
+four products (two features a warpgroup instead, all tokens: 0.433 ms, limited by the latency from load to product; PROBE's chunk-local kernel 0.305). At
+a chunk's end they exchange halves of their sums: each goes on with two of the states, writes them before the next chunk, rounded to float16 and
+divided by the chunk's unit, and starts the others at zero. One more warpgroup loads.
 
 Forward: x = k, y = v, w the decay to the chunk's end. Backward: x = q, y = dy, chunks last to first (the state's gradient).
 """
@@ -34,6 +36,13 @@ TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 WGMMA = plgpu.Layout.WGMMA
 ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)
 STAGES = 6
+# Sums handed over, float32: rows of 64 bytes, so that widths are multiples of 16.
+PARTIAL = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(64))
+
+
+def blocks_of(kind: int, blocks: int) -> tuple[int, int, int, int]:
+    """The blocks of features that a block of threads takes: two wide ones and two narrow ones, so that all have the same work."""
+    return 2 * kind, 2 * kind + 1, blocks - 2 - 2 * kind, blocks - 1 - 2 * kind
 
 
 def update(
@@ -71,8 +80,9 @@ def update(
     kinds, halves = blocks // 4, e // 64
     tiles = group * chunk_tiles
     total = chunks * tiles
-    stages = min(STAGES if d == 64 else 4, total)
+    stages = min(STAGES if d == 64 else 2, total)  # even: a warpgroup sees every phase of the slots it uses
     has_first = first is not None
+    places = [max(widths[blocks_of(kind, blocks)[n]] for kind in range(kinds)) for n in range(4)]
 
     def position(i: Any) -> tuple[Any, Any]:
         """Group member and first token of the i-th tile of the walk."""
@@ -84,71 +94,91 @@ def update(
         first_gmem, refs = refs[: blocks * has_first], refs[blocks * has_first :]
         states_gmem, refs = refs[:blocks], refs[blocks:]
         last_gmem, (scratch,) = refs[: blocks * want_last], refs[blocks * want_last :]
-        rows_smem, x_smem, y_smem, out_smem, full, empty = scratch
+        rows_smem, x_smem, y_smem, out_smem, partial_smem, full, empty, written, read = scratch
         item, thread = lax.axis_index("item"), lax.axis_index("warpgroup")
-        member = lax.rem(item, jnp.int32(BLOCK))
-        rest = lax.div(item, jnp.int32(BLOCK))
-        kind = lax.rem(rest, jnp.int32(kinds))
-        rest = lax.div(rest, jnp.int32(kinds))
+        member, rest = lax.rem(item, jnp.int32(BLOCK)), lax.div(item, jnp.int32(BLOCK))
+        kind, rest = lax.rem(rest, jnp.int32(kinds)), lax.div(rest, jnp.int32(kinds))
         half, head = lax.rem(rest, jnp.int32(halves)), lax.div(rest, jnp.int32(halves))
 
         def consume(thread: int, kind: int) -> None:
-            own = (2 * kind + thread, blocks - 1 - 2 * kind - thread)
+            taken = blocks_of(kind, blocks)
+            kept, given = (taken[0], taken[3]), (taken[1], taken[2])
+            if thread == 1:
+                kept, given = given, kept
+            order = (*kept, *given)
+
+            def partial(b: int) -> Any:
+                return partial_smem[taken.index(b)].at[:, pl.ds(0, widths[b])]
 
             def tile_products(accs: Any, i: Any) -> None:
                 slot = lax.rem(i, jnp.int32(stages))
                 plgpu.barrier_wait(full.at[slot])
                 y_tile = compat.load(y_smem.at[slot], WGMMA)
-                for acc, b in zip(accs, own, strict=True):
+                for acc, b in zip(accs, order, strict=True):
                     row = compat.load(rows_smem.at[slot, b], COLUMNS)
                     a = y_tile * lax.broadcast_in_dim(row, (64, TILE), [1])
                     keys = x_smem.at[slot] if b == 0 else x_smem.at[slot, pl.ds(BLOCK * b, widths[b])]
                     plgpu.wgmma(acc, a, plgpu.transpose_ref(keys, (1, 0)))
-                plgpu.wgmma_wait(2)
+                plgpu.wgmma_wait(4)
+
+            def write_states(accs: Any, chunk: Any) -> None:
+                scale = factor_gmem[head, chunk]
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                outs = [out_smem.at[thread, n, pl.ds(0, widths[b])] for n, b in enumerate(kept)]
+                for out, acc in zip(outs, accs, strict=True):
+                    rounded = plgpu.layout_cast((acc * scale).astype(jnp.float16), plgpu.Layout.WGMMA_TRANSPOSED)
+                    plgpu.transpose_ref(out, (1, 0))[...] = rounded
+                plgpu.commit_smem()
+                for out, b in zip(outs, kept, strict=True):
+                    plgpu.copy_smem_to_gmem(out, states_gmem[b].at[chunk, head, member, :, pl.ds(half * 64, 64)])
+
+            def exchange(accs: Any) -> Any:
+                """Hands over the sums of the other warpgroup's features, and adds what it has of this one's."""
+                for acc, b in zip(accs[2:], given, strict=True):
+                    partial(b)[...] = acc
+                plgpu.barrier_arrive(written)
+                plgpu.barrier_wait(written)
+                sums = tuple(acc + compat.load(partial(b), WGMMA) for acc, b in zip(accs[:2], kept, strict=True))
+                plgpu.barrier_arrive(read)
+                plgpu.barrier_wait(read)
+                return sums
+
+            def zeros(b: int) -> Array:
+                return plgpu.layout_cast(jnp.zeros((64, widths[b]), jnp.float32), WGMMA)
 
             def chunk_step(step: Any, accs: Any) -> Any:
                 chunk = chunks - 1 - step if reverse else step
-                scale, across = factor_gmem[head, chunk], decay_gmem[head, chunk]
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                for n, (acc, b) in enumerate(zip(accs, own, strict=True)):
-                    rounded = plgpu.layout_cast((acc * scale).astype(jnp.float16), plgpu.Layout.WGMMA_TRANSPOSED)
-                    out = out_smem.at[thread, n, pl.ds(0, widths[b])]
-                    plgpu.transpose_ref(out, (1, 0))[...] = rounded
-                plgpu.commit_smem()
-                for n, b in enumerate(own):
-                    out = out_smem.at[thread, n, pl.ds(0, widths[b])]
-                    plgpu.copy_smem_to_gmem(out, states_gmem[b].at[chunk, head, member, :, pl.ds(half * 64, 64)])
-                accs = tuple(acc * across for acc in accs)
-                base = step * tiles
+                write_states(accs, chunk)
+                across = decay_gmem[head, chunk]
+                base = step * tiles + thread
 
                 def products(refs: Any) -> None:
                     def pair(i: Any, _: None) -> None:
                         for u in range(2):
-                            tile = base + 2 * i + u
+                            tile = base + 4 * i + 2 * u
                             tile_products(refs, tile)
 
                             def release(tile: Any = tile) -> None:
-                                plgpu.barrier_arrive(empty.at[lax.rem(tile + (stages - 1), jnp.int32(stages))])
+                                plgpu.barrier_arrive(empty.at[lax.rem(tile + (stages - 2), jnp.int32(stages))])
 
                             pl.when(i > 0)(release) if u == 0 else release()
 
-                    lax.fori_loop(0, tiles // 2, pair, None)
+                    lax.fori_loop(0, tiles // 4, pair, None)
                     plgpu.wgmma_wait(0)
 
-                accs = pl.run_state(products)(tuple(plgpu.ACC.init(acc) for acc in accs))
-                plgpu.barrier_arrive(empty.at[lax.rem(base + (tiles - 1), jnp.int32(stages))])
-                return tuple(accs)
+                start = [*(acc * across for acc in accs), *map(zeros, given)]
+                accs = pl.run_state(products)(tuple(plgpu.ACC.init(acc) for acc in start))
+                plgpu.barrier_arrive(empty.at[lax.rem(base + (tiles - 2), jnp.int32(stages))])
+                return exchange(accs)
 
             plgpu.set_max_registers(232, action="increase")
             if has_first:
-                accs = tuple(
-                    compat.load_global(first_gmem[b].at[head, member, pl.ds(half * 64, 64)], WGMMA) for b in own
-                )
+                accs = tuple(compat.load_global(first_gmem[b].at[head, member, pl.ds(half * 64, 64)], WGMMA) for b in kept)
             else:
-                accs = tuple(plgpu.layout_cast(jnp.zeros((64, widths[b]), jnp.float32), WGMMA) for b in own)
+                accs = tuple(map(zeros, kept))
             accs = lax.fori_loop(0, chunks, chunk_step, accs)
             if want_last:
-                for acc, b in zip(accs, own, strict=True):
+                for acc, b in zip(accs, kept, strict=True):
                     last_gmem[b].at[head, member, pl.ds(half * 64, 64)][...] = acc
             plgpu.wait_smem_to_gmem(0)
 
@@ -188,8 +218,11 @@ def update(
                 plgpu.SMEM((stages, d, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((stages, 64, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((2, 2, d, 64), jnp.float16, transforms=TILED),
+                [plgpu.SMEM((64, width), jnp.float32, transforms=PARTIAL) for width in places],
                 plgpu.Barrier(num_arrivals=3, num_barriers=stages),
-                plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+                plgpu.Barrier(num_barriers=stages),
+                plgpu.Barrier(num_arrivals=2),
+                plgpu.Barrier(num_arrivals=2),
             )
         ],
         grid=(BLOCK * kinds * halves * h,),
