@@ -243,7 +243,7 @@ def query(
             if normalize:
                 factor = jnp.where(den > 0.0, finish_gmem[q_head] / jnp.maximum(den, 2.0**-120), 0.0)
             else:
-                factor = compat.load_global(finish_gmem.at[q_head, here], ROWS) / lift
+                factor = compat.load(finish_gmem.at[q_head, here], ROWS, optimized=False) / lift
             vectors_smem.at[thread, 1][...] = den / lift
             y = lax.bitcast_convert_type((acc * spread(factor, e)).astype(out_dtype), jnp.float16)
             if direct:

@@ -21,7 +21,7 @@ from jax import Array, lax
 
 from jax_power.mosaic_gpu import compat
 from jax_power.mosaic_gpu.chunked_fwd import NARROW, decay_on_diagonal, load_fragments
-from jax_power.mosaic_gpu.chunked_gradient_q import HALF_MAX, copy_matrix, gradient_groups
+from jax_power.mosaic_gpu.chunked_gradient_q import HALF_MAX, gradient_groups, load_matrices
 from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
 from jax_power.mosaic_gpu.chunked_update import BLOCK, COLUMNS, ROWS, TILE, TILED, WGMMA
 
@@ -244,15 +244,9 @@ def gradient_kv(
             first_queries = min(query_stages, groups)  # the last block has `groups` tiles
             for i in range(first_queries):
                 load_queries(jnp.int32(i))
-            for b in range(feature_blocks if has_states else 0):
-
-                def load_state(member: Any, _: None, b: int = b) -> None:
-                    tile = BLOCK * b + member
-                    slot = lax.rem(tile, jnp.int32(stages))
-                    pl.when(tile >= stages)(lambda: plgpu.barrier_wait(state_empty.at[slot]))
-                    copy_matrix(states_gmem, (chunk, head), b, member, state_smem.at[slot], state_full.at[slot])
-
-                lax.fori_loop(0, members, load_state, None)
+            if has_states:
+                features = feature_blocks * members
+                load_matrices(states_gmem, (chunk, head), features, state_smem, state_full, state_empty)
 
             @pl.loop(first_queries, queries)
             def _(i: Any) -> None:

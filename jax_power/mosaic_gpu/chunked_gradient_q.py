@@ -51,14 +51,34 @@ class QueryRows(NamedTuple):
     finish: Array
 
 
-def copy_matrix(states_gmem: Any, at: tuple[Any, Any], block: int, member: Any, target: Any, full: Any) -> None:
-    """S[a] for a = 16 · block + member, all j: 16 rows at a time, those of earlier blocks from the matrices S[j] (S is symmetric)."""
-    for j in range(len(states_gmem)):
-        if j < block:
-            source = states_gmem[j].at[*at, :, BLOCK * (block - j) + member]
-        else:
-            source = states_gmem[block].at[*at, member, pl.ds(BLOCK * (j - block), BLOCK)]
-        plgpu.copy_gmem_to_smem(source, target.at[pl.ds(BLOCK * j, BLOCK)], full)
+def load_matrices(states_gmem: Any, at: tuple[Any, Any], features: Any, state_smem: Any, full: Any, empty: Any) -> None:
+    """The loading warpgroup: S[a] with all j for a = 0 … features − 1, one a slot.
+
+    A slot gets 16 rows at a time: those of blocks from that of a on lie together, those of earlier blocks come from the matrices S[j],
+    as S is symmetric.
+    """
+    stages = state_smem.shape[0]
+
+    def load(a: Any, _: None) -> None:
+        slot = lax.rem(a, jnp.int32(stages))
+        block, member = lax.div(a, jnp.int32(BLOCK)), lax.rem(a, jnp.int32(BLOCK))
+        pl.when(a >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+
+        def copy(source: Any, j: int) -> None:
+            plgpu.copy_gmem_to_smem(source, state_smem.at[slot, pl.ds(BLOCK * j, BLOCK)], full.at[slot])
+
+        for j, column_gmem in enumerate(states_gmem):
+
+            @pl.when(block > j)
+            def _earlier(column_gmem: Any = column_gmem, j: int = j) -> None:
+                copy(column_gmem.at[*at, :, BLOCK * (block - j) + member], j)
+
+            @pl.when(block == j)
+            def _own(row_gmem: Any = column_gmem, j: int = j) -> None:
+                for later in range(j, len(states_gmem)):
+                    copy(row_gmem.at[*at, member, pl.ds(BLOCK * (later - j), BLOCK)], later)
+
+    lax.fori_loop(0, features, load, None)
 
 
 def gradient_q(
@@ -103,7 +123,7 @@ def gradient_q(
         batch, own_head = lax.div(q_head, jnp.int32(z.h_q)), lax.rem(q_head, jnp.int32(z.h_q))
         head = batch * z.h_kv + lax.div(own_head, jnp.int32(z.group))
         last_tile = block * groups + (groups - 1)
-        members = BLOCK if first_chunk_has_state else jnp.where(chunk > 0, BLOCK, 0)
+        features = d if first_chunk_has_state else jnp.where(chunk > 0, d, 0)
 
         @pl.when(thread < groups)
         def _consume() -> None:
@@ -132,24 +152,22 @@ def gradient_q(
 
             def products_with_states(acc: Any) -> Array:
                 grad = load_fragments(dy_smem.at[thread])
-                for b in range(feature_blocks):
 
-                    def pair(i: Any, _: None, b: int = b) -> None:
-                        for u in range(2):
-                            member = 2 * i + u
-                            tile = BLOCK * b + member
-                            slot = lax.rem(tile, jnp.int32(stages))
-                            a = grad * spread(compat.load(factors_smem.at[thread, tile], ROWS), e)
-                            plgpu.barrier_wait(state_full.at[slot])
-                            plgpu.wgmma(acc, a, plgpu.transpose_ref(state_smem.at[slot], (1, 0)))
-                            plgpu.wgmma_wait(1)
+                def pair(i: Any, _: None) -> None:
+                    for u in range(2):
+                        feature = 2 * i + u
+                        slot = lax.rem(feature, jnp.int32(stages))
+                        a = grad * spread(compat.load(factors_smem.at[thread, feature], ROWS), e)
+                        plgpu.barrier_wait(state_full.at[slot])
+                        plgpu.wgmma(acc, a, plgpu.transpose_ref(state_smem.at[slot], (1, 0)))
+                        plgpu.wgmma_wait(1)
 
-                            def release(tile: Any = tile) -> None:
-                                plgpu.barrier_arrive(state_empty.at[lax.rem(tile + (stages - 1), jnp.int32(stages))])
+                        def release(feature: Any = feature) -> None:
+                            plgpu.barrier_arrive(state_empty.at[lax.rem(feature + (stages - 1), jnp.int32(stages))])
 
-                            pl.when(i > 0)(release) if (b, u) == (0, 0) else release()
+                        pl.when(i > 0)(release) if u == 0 else release()
 
-                    lax.fori_loop(0, lax.div(members, 2) if not isinstance(members, int) else members // 2, pair, None)
+                lax.fori_loop(0, features // 2 if isinstance(features, int) else lax.div(features, jnp.int32(2)), pair, None)
                 return acc[...]
 
             if has_states:
@@ -252,15 +270,8 @@ def gradient_q(
             first_keys = min(key_stages, groups)
             for i in range(first_keys):
                 load_keys(jnp.int32(i))
-            for b in range(feature_blocks if has_states else 0):
-
-                def load_state(member: Any, _: None, b: int = b) -> None:
-                    tile = BLOCK * b + member
-                    slot = lax.rem(tile, jnp.int32(stages))
-                    pl.when(tile >= stages)(lambda: plgpu.barrier_wait(state_empty.at[slot]))
-                    copy_matrix(states_gmem, (chunk, head), b, member, state_smem.at[slot], state_full.at[slot])
-
-                lax.fori_loop(0, members, load_state, None)
+            if has_states:
+                load_matrices(states_gmem, (chunk, head), features, state_smem, state_full, state_empty)
 
             @pl.loop(first_keys, last_tile + 1)
             def _(i: Any) -> None:

@@ -48,8 +48,8 @@ def stage(x: Array, factor: Array, weight: Array | None = None) -> tuple[Array, 
         for i in range(SPAN):
             plgpu.copy_gmem_to_smem(x_gmem.at[batch, tokens(i), own_head], x_smem.at[i], full.at[i])
         for i in range(SPAN):
-            of_row = compat.load_global(factor_gmem.at[head, tokens(i)], ROWS) if by_row else None
-            of_weight = None if weight is None else compat.load_global(weight_gmem.at[head, tokens(i)], ROWS)
+            of_row = compat.load(factor_gmem.at[head, tokens(i)], ROWS, optimized=False) if by_row else None
+            of_weight = None if weight is None else compat.load(weight_gmem.at[head, tokens(i)], ROWS, optimized=False)
             plgpu.barrier_wait(full.at[i])
             values = compat.load(x_smem.at[i], WGMMA).astype(jnp.float32)
             values = values * (factor_gmem[head] if of_row is None else lax.broadcast_in_dim(of_row, (TILE, n), [0]))

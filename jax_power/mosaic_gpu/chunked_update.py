@@ -173,7 +173,8 @@ def update(
 
             plgpu.set_max_registers(232, action="increase")
             if has_first:
-                accs = tuple(compat.load_global(first_gmem[b].at[head, member, pl.ds(half * 64, 64)], WGMMA) for b in kept)
+                firsts = [first_gmem[b].at[head, member, pl.ds(half * 64, 64)] for b in kept]
+                accs = tuple(compat.load(x, WGMMA, optimized=False) for x in firsts)
             else:
                 accs = tuple(map(zeros, kept))
             accs = lax.fori_loop(0, chunks, chunk_step, accs)

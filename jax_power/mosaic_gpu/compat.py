@@ -22,9 +22,13 @@ CONCATENATES = jax.__version_info__ >= (0, 11)
 SEMANTICS = plgpu.LoweringSemantics.Warpgroup
 
 
-def load(ref: Any, layout: Any) -> jax.Array:
-    """The array behind a reference to shared or device memory, in registers, laid out as `layout`."""
-    return plgpu.load(ref, (), layout=layout) if _LOAD_TAKES_INDEX else plgpu.load(ref, layout=layout)
+def load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
+    """The array behind a reference to shared or device memory, in registers, laid out as `layout`.
+
+    With optimized=False each thread loads its own elements, whatever strides they have.
+    """
+    index = ((),) if _LOAD_TAKES_INDEX else ()
+    return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
 def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
@@ -41,9 +45,3 @@ def interpret_params(**options: Any) -> Any:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     return InterpretGPUParams(**options)
-
-
-def load_global(ref: Any, layout: Any) -> jax.Array:
-    """`load` from device memory, each thread its own elements: not through the copy engine, so any strides will do."""
-    index = ((),) if _LOAD_TAKES_INDEX else ()
-    return plgpu.load(ref, *index, layout=layout, optimized=False)
