@@ -1,7 +1,7 @@
 """What each Pallas kernel of the chunked form computes, in plain JAX: stand-ins where there is no GPU.
 
-With them in the kernels' places, everything around the kernels (scaling, gates, scans, layouts, gradients of gates and states) runs on
-a CPU. They are written from the kernels' docstrings, in float32, a chunk at a time over whole matrices.
+With them in the kernels' places, everything around the kernels (scaling, gates, scans, layouts, gradients of gates and states)
+runs on a CPU. They are written from the kernels' docstrings, in float32, a chunk at a time over whole matrices.
 """
 
 from __future__ import annotations
@@ -83,7 +83,10 @@ def gradient_q(
     if states:
         reached = 1.0 if first_chunk_has_state else (np.arange(z.chunks) > 0)[None, :, None]
         qm = _sum("hnat,hnaj->hnjt", q, _of_group(z, _f32(moments)))
-        dq = _sum("hnat,hnet,hnaje->hnjt", q, dy, _square(z, states)) * of_state[:, :, None] - qm * (of_moment * mean)[:, :, None]
+        dq = (
+            _sum("hnat,hnet,hnaje->hnjt", q, dy, _square(z, states)) * of_state[:, :, None]
+            - qm * (of_moment * mean)[:, :, None]
+        )
         dq = dq * (reached if first_chunk_has_state else reached[..., None])
         part, mass = (q * dq).sum(2), (q * qm).sum(2) * of_mass * reached
     s = _sum("hnct,hncs->hnts", q, k) * _decay(z, gates)

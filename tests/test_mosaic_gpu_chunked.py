@@ -1,7 +1,8 @@
-"""The Pallas kernels of the chunked form without a GPU: all lower for CUDA, and with the kernels' formulas in plain JAX in their places
-what is around them matches the float64 oracle.
+"""The Pallas kernels of the chunked form without a GPU: all lower for CUDA, and with the kernels' formulas in plain JAX in
+their places what is around them matches the float64 oracle.
 
-The products of these kernels take their left operand from registers, which the Mosaic interpreter does not run: `tests/gpu` does.
+The products of these kernels take their left operand from registers, which the Mosaic interpreter does not run: `tests/gpu`
+does.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ LOWERED = (
 @pytest.mark.parametrize(("dtype", "case"), LOWERED, ids=lambda x: getattr(x, "name", x))
 def test_lowers_for_cuda(dtype: str, case: Case) -> None:
     lowered = jax.jit(lambda x: run(case, x)).trace(case.make(dtype)).lower(lowering_platforms=("cuda",))
-    # Forward: three stagings, query, and unless one chunk from nothing update and moments; backward four, two, and two of each again.
+    # Forward: three stagings, query, and unless one chunk from nothing update and moments; backward four, two, and two of each
+    # again.
     assert lowered.as_text().count("@mosaic_gpu_v2") == (10 if case.name == "one_chunk" else 16)
 
 

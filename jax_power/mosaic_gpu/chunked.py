@@ -1,7 +1,7 @@
 """The chunked form on Hopper: glue between the interface every implementation has and the Pallas kernels.
 
-Calls with a state, and those of form 'recurrent', are served by the same kernels: the sums are the same. The chunk length is the
-kernels' own (`chunked_prepare.chunk_length`): results do not depend on it.
+Calls with a state, and those of form 'recurrent', are served by the same kernels: the sums are the same. The chunk length is
+the kernels' own (`chunked_prepare.chunk_length`): results do not depend on it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def backward(
 
 
 def _fold_batches(run: Callable[..., Any], call: spec.PowerCall, arrays: tuple[Array | None, ...]) -> Any:
-    """`run(call, *arrays)`, whose `vmap` makes the mapped axis part of the batch: one launch of each kernel whatever is mapped."""
+    """`run(call, *arrays)`, whose `vmap` makes the mapped axis part of the batch: one launch of each kernel whatever is
+    mapped.
+    """
 
     @jax.custom_batching.custom_vmap
     def mapped(arrays: Any) -> Any:
@@ -92,7 +94,9 @@ def _scaled(call: spec.PowerCall, q: Array) -> Array:
     return jnp.zeros_like(q) if call.normalize and call.scale == 0 else q
 
 
-def _forward(call: spec.PowerCall, q: Array, k: Array, v: Array, *rest: Array | None) -> tuple[Array, Array, Array | None, Array | None]:
+def _forward(
+    call: spec.PowerCall, q: Array, k: Array, v: Array, *rest: Array | None
+) -> tuple[Array, Array, Array | None, Array | None]:
     if not _empty(call):
         return chunked_fwd.forward(call, _scaled(call, q), k, v, *rest)
     _, s0, z0 = rest

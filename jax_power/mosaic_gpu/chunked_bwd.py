@@ -1,10 +1,13 @@
-"""Backward of the chunked form: scaling, the order of the kernels, and the gates' gradient (twin: csrc/power/chunked_backward.cuh).
+"""Backward of the chunked form: scaling, the order of the kernels, and the gates' gradient (twin:
+csrc/power/chunked_backward.cuh).
 
-With L the loss, D = dy^ = dy · 2^δ (per key-value head; without normaliser also times den_i · ∂y/∂num_i, a row's own factor, so that the
-formulas below serve both), ΔD_i = <D_i, y^_i> (0 without normaliser) and everything in units of 2^−(δ + ν):
-    q~_i = q^_i 2^(C − l_i),  4^l_i ≈ den_i / 2^PS    rescaled so that each row's normaliser is about one: float16 then holds P / den and its
+With L the loss, D = dy^ = dy · 2^δ (per key-value head; without normaliser also times den_i · ∂y/∂num_i, a row's own factor,
+so that the formulas below serve both), ΔD_i = <D_i, y^_i> (0 without normaliser) and everything in units of 2^−(δ + ν):
+    q~_i = q^_i 2^(C − l_i),  4^l_i ≈ den_i / 2^PS    rescaled so that each row's normaliser is about one: float16 then holds P
+    / den and its
     h_i  = 4^(l_i − C) 2^PS / den_i                   derivative for every row, however many keys it saw
-    P_ij / den_i = s~² γ h_i,   ds~_ij = 2 s~ γ h_i (<D_i, v^_j> − ΔD_i),   dq~_i = Σ_j ds~ k^_j,  dk^_j = Σ_i ds~ q~_i,  dv^_j = Σ_i P/den D_i
+    P_ij / den_i = s~² γ h_i,   ds~_ij = 2 s~ γ h_i (<D_i, v^_j> − ΔD_i),   dq~_i = Σ_j ds~ k^_j,  dk^_j = Σ_i ds~ q~_i,  dv^_j
+    = Σ_i P/den D_i
 and through the state, with w_i = 2^(chunk_prefix_i) h_i:  dS = Σ w_i ψ(q~_i) D_i,  dM = −Σ w_i ΔD_i q~_i q~_iᵀ.
 """
 
@@ -27,7 +30,8 @@ from jax_power.mosaic_gpu.chunked_stage import stage
 from jax_power.mosaic_gpu.chunked_update import TILE, update
 
 # C above; factors 2^x on ds~, on P / den and on the weights of the state gradient that centre them in float16's range: at
-# t = 65536 without gates P / den is 2^−16 and ds~ 2^−11. What a state gradient carries beside its unit: w is kept times 2^(2C + W_SHIFT).
+# t = 65536 without gates P / den is 2^−16 and ds~ 2^−11. What a state gradient carries beside its unit: w is kept times 2^(2C
+# + W_SHIFT).
 Q_SHIFT, DS_SHIFT, P_SHIFT, W_SHIFT = 4, 6, 10, 8
 STATE_GRADIENT_SHIFT = 2 * Q_SHIFT + W_SHIFT
 # A gate below this lets nothing through that a float16 sum would show: its own gradient is 0, and sums start again behind it.
@@ -35,10 +39,12 @@ CUT = -18.0
 
 
 class Rows(NamedTuple):
-    """Per query head: q~, w 2^STATE_GRADIENT_SHIFT q~ and D transposed, float16 `[b · h_q, feature, t]`; float32 `[b · h_q, t]` factors.
+    """Per query head: q~, w 2^STATE_GRADIENT_SHIFT q~ and D transposed, float16 `[b · h_q, feature, t]`; float32 `[b · h_q,
+    t]` factors.
 
     Fields:
-      q_factor: from q to q~.      h: h above.      delta: <dy, y>, unscaled.      bound: what the token adds to the state gradient's bound.
+      q_factor: from q to q~.      h: h above.      delta: <dy, y>, unscaled.      bound: what the token adds to the state
+        gradient's bound.
       dy_exponent: δ, `[h_kv]`.
     """
 
@@ -56,9 +62,7 @@ def floor_log2(x: Array) -> Array:
     return (lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
 
 
-def prepare_rows(
-    call: spec.PowerCall, z: Sizes, q: Array, y: Array, norm: Array, dy: Array, gates: Gates, keys: Keys
-) -> Rows:
+def prepare_rows(call: spec.PowerCall, z: Sizes, q: Array, y: Array, norm: Array, dy: Array, gates: Gates, keys: Keys) -> Rows:
     den, power = norm, z.score_exponent
     seen = den > 0
     safe = jnp.where(seen, den, 1.0)
@@ -123,8 +127,9 @@ def update_gradient(
         prepare.state_factor(prepare.scan_chunks(gates.chunk_sum, bound, largest, reverse=True)[0], n)
         for largest, n in ((largest_s, bits), (largest_z, moment_bits))
     ]
+    start = None if last_s is None else prepare.to_blocks(z, last_s)
     states, first = update(
-        rows.weighted, rows.q, rows.dy, jnp.exp2(gates.chunk_sum), factors[0], None if last_s is None else prepare.to_blocks(z, last_s),
+        rows.weighted, rows.q, rows.dy, jnp.exp2(gates.chunk_sum), factors[0], start,
         chunk_tiles=z.chunk_tiles, group=z.group, reverse=True, want_last=want_first,
     )  # fmt: skip
     x = moments_of(rows.weighted, rows.q, chunk=z.chunk, group=z.group, values=-mean)
@@ -165,11 +170,13 @@ def backward(
     if before is not None:
         reach = jnp.exp2(jnp.repeat(gates.chunk_prefix, z.group, axis=0))
         of_state, of_moment = (
-            reach * jnp.repeat(jnp.repeat(unit, z.chunk, axis=1), z.group, axis=0) for unit in (before.state_unit, before.moment_unit)
+            reach * jnp.repeat(jnp.repeat(unit, z.chunk, axis=1), z.group, axis=0)
+            for unit in (before.state_unit, before.moment_unit)
         )
         query_rows = QueryRows(h, mean, 2.0 * h * of_state, 2.0 * h * of_moment, rows.h * of_moment, finish)
+    held = ((), None) if before is None else (before.states, before.moments)
     dq, mean, row_state = gradient_q(
-        z, rows.q, rows.dy, keys, gates, query_rows, () if before is None else before.states, None if before is None else before.moments,
+        z, rows.q, rows.dy, keys, gates, query_rows, *held,
         normalize=call.normalize, first_chunk_has_state=s0 is not None, ds_scale=2.0**DS_SHIFT, out_dtype=q.dtype,
     )  # fmt: skip
     row = mean  # without normaliser: the row's own part of the gates' gradient
@@ -179,7 +186,9 @@ def backward(
     if z.chunks > 1 or ds is not None or s0 is not None:
         behind = update_gradient(z, rows, mean, gates, keys, ds, dz, want_first=s0 is not None)
     key_rows = KeyRows(*(jnp.zeros_like(gates.chunk_decay),) * 3)
-    spreads = z.chunks > 1 or ds is not None
+    held = ((), None)  # an initial state's gradient alone comes behind no key
+    if behind is not None and (z.chunks > 1 or ds is not None):
+        held = (behind.states, behind.moments)
     if behind is not None:
         of_state, of_moment = (
             gates.chunk_decay * jnp.repeat(unit, z.chunk, axis=1) * 2.0**-STATE_GRADIENT_SHIFT
@@ -190,9 +199,8 @@ def backward(
     unit = prepare.power_of_two(-rows.dy_exponent - keys.v_exponent) * 2.0**-DS_SHIFT
     of_k, of_v = unit * prepare.power_of_two(keys.k_exponent), prepare.power_of_two(-rows.dy_exponent) * 2.0**-P_SHIFT
     dk, dv, column, column_state = gradient_kv(
-        z, rows.q, rows.dy, keys, gates, key_rows, columns,
-        behind.states if spreads and behind is not None else (), behind.moments if spreads and behind is not None else None,
-        jnp.stack((of_k, of_v)), last_chunk_has_state=ds is not None, p_scale=2.0**P_SHIFT, ds_scale=2.0**DS_SHIFT, out_dtype=k.dtype,
+        z, rows.q, rows.dy, keys, gates, key_rows, columns, *held, jnp.stack((of_k, of_v)), last_chunk_has_state=ds is not None,
+        p_scale=2.0**P_SHIFT, ds_scale=2.0**DS_SHIFT, out_dtype=k.dtype,
     )  # fmt: skip
     dq, dk, dv = dq[:, : z.t, :, : z.d], dk[:, : z.t, :, : z.d], dv[:, : z.t, :, : z.e]
 
@@ -211,7 +219,9 @@ def backward(
 def first_gradient(
     z: Sizes, keys: Keys, rows: Rows, gates: Gates, behind: StateGradient, ds: Array | None, dz: Array | None
 ) -> tuple[Array, Array]:
-    """The gradient of the initial state, public. Of a gradient that arrived, moments kept the half symmetric inside a tile's own block."""
+    """The gradient of the initial state, public. Of a gradient that arrived, moments kept the half symmetric inside a
+    tile's own block.
+    """
     exponent = 2 * keys.k_exponent - rows.dy_exponent - STATE_GRADIENT_SHIFT
     counts = prepare.from_square(z, jnp.asarray(multiplicity(z))[None, :, :, None])
     s = prepare.from_blocks(z, behind.first) * counts * prepare.power_of_two(exponent)[:, None, None]
@@ -235,7 +245,9 @@ def _state_product(z: Sizes, s0: Array, z0: Array, ds0: Array, dz0: Array) -> Ar
 
 
 class GateParts(NamedTuple):
-    """½ <k_j, dk_j>, all of it and through the state, `[h, t]`; the row's part, all (without normaliser) and through the state, `[b · h_q, t]`."""
+    """½ <k_j, dk_j>, all of it and through the state, `[h, t]`; the row's part, all (without normaliser) and through the
+    state, `[b · h_q, t]`.
+    """
 
     column: Array
     column_state: Array
@@ -244,13 +256,14 @@ class GateParts(NamedTuple):
 
 
 def gate_gradient(call: spec.PowerCall, z: Sizes, log_g: Array, parts: GateParts, start: Array, *, closed: bool) -> Array:
-    """dlog_g_l = <ds0, s0> + <dz0, z0> + Σ_{j < l} (½ <k_j, dk_j> − row part of j): what tokens before l gave to later rows, less what
-    their own rows took. With the normaliser the row part, <dnum, num> + dden · den, is 0.
+    """dlog_g_l = <ds0, s0> + <dz0, z0> + Σ_{j < l} (½ <k_j, dk_j> − row part of j): what tokens before l gave to later rows,
+    less what their own rows took. With the normaliser the row part, <dnum, num> + dden · den, is 0.
 
-    Summed over all of t, rounding errors would grow with √t. So chunk ends come from the parts through the state alone, to which pairs
-    inside a chunk add nothing; the last of them is 0 when no gradient arrives behind it (`closed`), and what misses 0 is spread over the
-    chunks. Between two chunk ends the full terms are summed, and what misses the second end is spread over the chunk. Gates that cut (mixed
-    with weak ones, where sums over a chunk would drown the few pairs behind each) start the sum anew at 0.
+    Summed over all of t, rounding errors would grow with √t. So chunk ends come from the parts through the state alone, to
+    which pairs inside a chunk add nothing; the last of them is 0 when no gradient arrives behind it (`closed`), and what
+    misses 0 is spread over the chunks. Between two chunk ends the full terms are summed, and what misses the second end is
+    spread over the chunk. Gates that cut (mixed with weak ones, where sums over a chunk would drown the few pairs behind each)
+    start the sum anew at 0.
     """
 
     def grouped(x: Array) -> Array:

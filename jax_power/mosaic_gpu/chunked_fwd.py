@@ -5,14 +5,15 @@
 
 A block takes 64 · groups queries of a chunk of one head. Each consumer warpgroup owns 64 of them:
   1. normaliser from the moments: Q^ M, dotted with Q^ in registers;
-  2. state: for each feature a, A = Q^[:, j ≥ 16 ⌊a / 16⌋] · q^[a] in registers (off-diagonal blocks doubled), B = S[a] as `update` wrote it;
-  3. inside the chunk, from the diagonal key tile backwards so that gate sums stay local: S = Q^ K^ᵀ, P from S in registers, P V^.
-One more warpgroup loads. Shared memory: queries (y leaves through them), queries transposed, a ring of state tiles, one of key tiles.
+  2. state: for each feature a, A = Q^[:, j ≥ 16 ⌊a / 16⌋] · q^[a] in registers (off-diagonal blocks doubled), B = S[a] as
+  `update` wrote it; 3. inside the chunk, from the diagonal key tile backwards so that gate sums stay local: S = Q^ K^ᵀ, P from
+  S in registers, P V^.
+One more warpgroup loads. Shared memory: queries (y leaves through them), queries transposed, a ring of state tiles, one of key
+tiles.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -37,11 +38,17 @@ def query_groups(z: Sizes) -> int:
 
 # Swizzle of state tiles: a product's depth is a multiple of its width, here the 16 features of a block.
 NARROW = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))
-REGISTERS = {4: (112, 32), 3: (160, 32), 2: (232, 40)}  # of consumers and producer; what five, four and three warpgroups can share
+REGISTERS = {
+    4: (112, 32),
+    3: (160, 32),
+    2: (232, 40),
+}  # of consumers and producer; what five, four and three warpgroups can share
 
 
 def state_tiles(d: int) -> list[tuple[int, int, int]]:
-    """Per block b of features: width d − 16 b of its matrices, how many of them make a tile of at most d rows, and how many tiles."""
+    """Per block b of features: width d − 16 b of its matrices, how many of them make a tile of at most d rows, and how
+    many tiles.
+    """
     widths = [d - BLOCK * b for b in range(d // BLOCK)]
     together = [max(n for n in (1, 2, 4, 8) if n * w <= d) for w in widths]
     return [(w, n, BLOCK // n) for w, n in zip(widths, together, strict=True)]
@@ -147,7 +154,9 @@ def query(
                 return (qm * q.astype(jnp.float32)).sum(axis=1)
 
             def query_state(acc: Any) -> Array:
-                """ψ(q^) S: products over pairs (a, j), those with j in a later block than a twice, as (j, a) is not in the state."""
+                """ψ(q^) S: products over pairs (a, j), those with j in a later block than a twice, as (j, a) is not in the
+                state.
+                """
                 q = load_fragments(q_smem.at[thread])
                 column = plgpu.broadcasted_iota(jnp.int32, (TILE, d), 1, layout=WGMMA)
                 start = 1
@@ -161,7 +170,8 @@ def query(
                             tile = start + 2 * i + u
                             slot = lax.rem(jnp.int32(tile), jnp.int32(stages))
                             factors = [
-                                compat.load(factors_smem.at[thread, BLOCK * b + (2 * i + u) * together + n], ROWS) for n in range(together)
+                                compat.load(factors_smem.at[thread, BLOCK * b + (2 * i + u) * together + n], ROWS)
+                                for n in range(together)
                             ]
                             operands = [doubled * spread(x, width) for x in factors]
                             plgpu.barrier_wait(state_full.at[slot])
@@ -216,8 +226,9 @@ def query(
             p = scores(slot)
             p = p * p * score * decay_on_diagonal(prefix, compat.load(vectors_smem.at[thread, 0], COLUMNS))
             den = den + p.sum(axis=1)
-            # Lifts a row's P into float16's range when all of it is small (few keys since a strong gate, none of them along the query): near
-            # 1 / den, as known after the diagonal tile. Earlier keys are at least 2^prefix down, which bounds the lift.
+            # Lifts a row's P into float16's range when all of it is small (few keys since a strong gate, none of them along
+            # the query): near 1 / den, as known after the diagonal tile. Earlier keys are at least 2^prefix down, which bounds
+            # the lift.
             most = jnp.exp2(jnp.minimum(jnp.where(own_tile == 0, 120.0, 0.0) - prefix, 120.0))
             lift = jnp.minimum(jnp.maximum(1.0 / jnp.maximum(den, 2.0**-120), 1.0), most)
             lift = jnp.where(den > 0.0, lift, 1.0)
@@ -231,7 +242,11 @@ def query(
                 slot = slot_of(tile)
                 plgpu.barrier_wait(keys_full.at[slot])
                 p = scores(slot)
-                p = p * p * (spread(reach, TILE) * lax.broadcast_in_dim(compat.load(decay_smem.at[slot], COLUMNS), (TILE, TILE), [1]))
+                p = (
+                    p
+                    * p
+                    * (spread(reach, TILE) * lax.broadcast_in_dim(compat.load(decay_smem.at[slot], COLUMNS), (TILE, TILE), [1]))
+                )
                 den = den + p.sum(axis=1)
                 acc = add_values(acc, p, slot)
                 plgpu.barrier_arrive(keys_empty.at[slot])
@@ -281,7 +296,10 @@ def query(
                     tile = start + i
                     slot = lax.rem(tile, jnp.int32(stages))
                     pl.when(tile >= stages)(lambda: plgpu.barrier_wait(state_empty.at[slot]))
-                    source, target = states_gmem[b].at[chunk, head, pl.ds(i * rows_b, rows_b)], state_smem.at[slot, pl.ds(0, rows_b)]
+                    source, target = (
+                        states_gmem[b].at[chunk, head, pl.ds(i * rows_b, rows_b)],
+                        state_smem.at[slot, pl.ds(0, rows_b)],
+                    )
                     plgpu.copy_gmem_to_smem(source, target, state_full.at[slot])
 
                 lax.fori_loop(0, count(tiles), load_state, None)
@@ -330,7 +348,9 @@ def query(
 
 
 class States(NamedTuple):
-    """What queries read: states and moments before every chunk, float16, and what undoes their units `[h, chunks]`; the last ones."""
+    """What queries read: states and moments before every chunk, float16, and what undoes their units `[h, chunks]`; the
+    last ones.
+    """
 
     states: tuple[Array, ...]
     moments: Array
@@ -361,9 +381,7 @@ def update_states(z: Sizes, keys: Keys, gates: Gates, s0: Array | None, z0: Arra
     return States(states, moments, 1.0 / state_factor, 1.0 / moment_factor, last, last_moments)
 
 
-def scaled_first(
-    z: Sizes, keys: Keys, s0: Array | None, z0: Array | None
-) -> tuple[Array | None, Array | None]:
+def scaled_first(z: Sizes, keys: Keys, s0: Array | None, z0: Array | None) -> tuple[Array | None, Array | None]:
     """The initial state as symmetric moments in the units of k^ and v^: `[h, a, j, e]` and `[h, a, j]`."""
     if s0 is None or z0 is None:
         return None, None
@@ -375,7 +393,9 @@ def scaled_first(
 def forward(
     call: spec.PowerCall, q: Array, k: Array, v: Array, log_g: Array | None, s0: Array | None, z0: Array | None
 ) -> tuple[Array, Array, Array | None, Array | None]:
-    """y `[b, t, h_q, e]` in the dtype of v, norm `[b, t, h_q]` in units of its own, and the last state if the call returns it."""
+    """y `[b, t, h_q, e]` in the dtype of v, norm `[b, t, h_q]` in units of its own, and the last state if the call returns
+    it.
+    """
     z = prepare.sizes_of(call)
     gates = prepare.sum_gates(z, log_g)
     keys = prepare.prepare_keys(z, k, v, gates)
@@ -383,7 +403,9 @@ def forward(
     (queries,) = stage(prepare.fill_up(z, q, z.padded_d), q_factor)
     first_s, first_z = scaled_first(z, keys, s0, z0)
     spreads = z.chunks > 1 or s0 is not None
-    held = update_states(z, keys, gates, first_s, first_z, want_last=call.return_state) if spreads or call.return_state else None
+    held = (
+        update_states(z, keys, gates, first_s, first_z, want_last=call.return_state) if spreads or call.return_state else None
+    )
     rows = {"states": (), "moments": None, "state_row": None, "moment_row": None}
     if spreads and held is not None:
         reach = jnp.exp2(gates.chunk_prefix) * 2.0**z.score_exponent
@@ -405,7 +427,9 @@ def forward(
 
 
 def last_state(z: Sizes, keys: Keys, gates: Gates, held: States, s0: Array | None, z0: Array | None) -> tuple[Array, Array]:
-    """The public state after the last token. Of an initial state, moments kept the half that is symmetric inside a tile's own block."""
+    """The public state after the last token. Of an initial state, moments kept the half that is symmetric inside a tile's
+    own block.
+    """
     of_k, of_v = prepare.power_of_two(-2 * keys.k_exponent), prepare.power_of_two(-keys.v_exponent)
     s = prepare.from_blocks(z, held.last) * (of_k * of_v)[:, None, None]
     moments = prepare.from_square(z, held.last_moments[..., None])[..., 0] * of_k[:, None]

@@ -1,12 +1,15 @@
-"""dk and dv of the chunked form in Pallas, for a block of keys, through the state gradient behind the chunk and through the chunk.
+"""dk and dv of the chunked form in Pallas, for a block of keys, through the state gradient behind the chunk and through the
+chunk.
 
-Through the state gradient dS (symmetric, as S): dv = φ(k) dS and dk = 2 Σ_a k[a] (dS[a] v), both with left operands made in registers,
-K^ · k^[a] and V^ · k^[a], from one tile dS[a]. A block takes 64 · groups keys of a chunk of one key-value head, one consumer warpgroup
-64 of them:
+Through the state gradient dS (symmetric, as S): dv = φ(k) dS and dk = 2 Σ_a k[a] (dS[a] v), both with left operands made in
+registers, K^ · k^[a] and V^ · k^[a], from one tile dS[a]. A block takes 64 · groups keys of a chunk of one key-value head, one
+consumer warpgroup 64 of them:
   1. moments: K^ dM;      2. state: for each a, dv += (K^ · k^[a]) dS[a], dk += (V^ · k^[a]) dS[a]ᵀ;      3. from both dk^, dv^;
-  4. every query head of the group, query tiles from the diagonal on: Sᵀ = K^ Q~ᵀ, V^ Dᵀ, and from both P/den and ds~ in registers:
+  4. every query head of the group, query tiles from the diagonal on: Sᵀ = K^ Q~ᵀ, V^ Dᵀ, and from both P/den and ds~ in
+     registers:
      dv^ += P/den D,  dk^ += ds~ Q~.
-One more warpgroup loads. Shared memory: k^ and v^ transposed, a ring of state tiles, one of q~ and D tiles with their row factors.
+One more warpgroup loads. Shared memory: k^ and v^ transposed, a ring of state tiles, one of q~ and D tiles with their row
+factors.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ from jax_power.mosaic_gpu.chunked_update import BLOCK, COLUMNS, ROWS, TILE, TILE
 
 
 class KeyRows(NamedTuple):
-    """Per key-value head and token, float32 `[h, t]`: what the products with state gradient and its moments are multiplied by."""
+    """Per key-value head and token, float32 `[h, t]`: what the products with state gradient and its moments are multiplied
+    by.
+    """
 
     dk_state: Array
     dk_moment: Array
@@ -213,7 +218,8 @@ def gradient_kv(
             vectors_smem.at[thread, 0][...] = 0.5 * row_products(dk)
             vectors_smem.at[thread, 1][...] = 0.5 * part
             results = [
-                lax.bitcast_convert_type((x * finish_gmem[n, head]).astype(out_dtype), jnp.float16) for n, x in enumerate((dk, dv))
+                lax.bitcast_convert_type((x * finish_gmem[n, head]).astype(out_dtype), jnp.float16)
+                for n, x in enumerate((dk, dv))
             ]
             results_gmem = [x.at[batch, here, own_head] for x in (dk_gmem, dv_gmem)]
             for result, result_gmem, result_smem in zip(results, results_gmem, results_smem or (None, None), strict=True):

@@ -1,8 +1,9 @@
-"""dq of the chunked form in Pallas, for a block of queries, through the state before the chunk and through the chunk (chunked_bwd.py).
+"""dq of the chunked form in Pallas, for a block of queries, through the state before the chunk and through the chunk
+(chunked_bwd.py).
 
 The state's part of numᵢ is Σ_a,j q[a] q[j] S[a][j], symmetric in a and j, so its gradient is twice Σ_a q[a] (S[a] dy): products
-A = D · q~[a] made in registers with whole matrices S[a]; of those, columns of earlier blocks come from the matrices of these columns.
-A block takes 64 · groups queries of a chunk of one head, one consumer warpgroup 64 of them:
+A = D · q~[a] made in registers with whole matrices S[a]; of those, columns of earlier blocks come from the matrices of these
+columns. A block takes 64 · groups queries of a chunk of one head, one consumer warpgroup 64 of them:
   1. moments: q~ M;        2. state: for each a, dq += (D · q~[a]) S[a]ᵀ;        3. from both dq~, and its part of <q~, dq~>;
   4. from the diagonal key tile backwards: S = Q~ K^ᵀ, D V^ᵀ, ds~ from both in registers, dq~ += ds~ K^;
   5. ΔD is corrected to what these sums say it is.
@@ -54,8 +55,8 @@ class QueryRows(NamedTuple):
 def load_matrices(states_gmem: Any, at: tuple[Any, Any], features: Any, state_smem: Any, full: Any, empty: Any) -> None:
     """The loading warpgroup: S[a] with all j for a = 0 … features − 1, one a slot.
 
-    A slot gets 16 rows at a time: those of blocks from that of a on lie together, those of earlier blocks come from the matrices S[j],
-    as S is symmetric.
+    A slot gets 16 rows at a time: those of blocks from that of a on lie together, those of earlier blocks come from the
+    matrices S[j], as S is symmetric.
     """
     stages = state_smem.shape[0]
 
@@ -96,7 +97,8 @@ def gradient_q(
     ds_scale: float,
     out_dtype: Any,
 ) -> tuple[Array, Array, Array]:
-    """dq `[b, padded t, h_q, padded d]` in `out_dtype`, ΔD corrected and the row's sum through the state, float32 `[b · h_q, t]`.
+    """dq `[b, padded t, h_q, padded d]` in `out_dtype`, ΔD corrected and the row's sum through the state, float32 `[b · h_q,
+    t]`.
 
     Args:
       q, dy: q~ᵀ and Dᵀ, float16 `[b · h_q, feature, t]`.
@@ -110,7 +112,9 @@ def gradient_q(
     direct = d + e > 128  # wide heads leave no shared memory to gather whole rows of dq in
     vectors = [rows.h, rows.mean, rows.finish, *((rows.state, rows.moment, rows.mass) if has_states else ())]
 
-    def body(q_gmem: Any, dy_gmem: Any, k_gmem: Any, v_gmem: Any, prefix_gmem: Any, decay_gmem: Any, total_gmem: Any, *refs: Any) -> None:
+    def body(
+        q_gmem: Any, dy_gmem: Any, k_gmem: Any, v_gmem: Any, prefix_gmem: Any, decay_gmem: Any, total_gmem: Any, *refs: Any
+    ) -> None:
         vectors_gmem, refs = refs[: len(vectors)], refs[len(vectors) :]
         states_gmem, refs = refs[: len(states)], refs[len(states) :]
         moments_gmem, refs = (refs[0], refs[1:]) if has_states else (None, refs)
@@ -213,8 +217,8 @@ def gradient_q(
             s, dp = products(slot)
             decay = s * decay_on_diagonal(prefix, compat.load(vectors_smem.at[thread, 0], COLUMNS))
             if normalize:
-                # ΔD of rows that see all but 2^−12 of their keys here, from these keys: what came with a rounded y is good enough for a mean over
-                # many keys, not for one where <D, v^> − ΔD nearly vanishes.
+                # ΔD of rows that see all but 2^−12 of their keys here, from these keys: what came with a rounded y is good
+                # enough for a mean over many keys, not for one where <D, v^> − ΔD nearly vanishes.
                 mass = (decay * s).sum(axis=1)
                 exact = (decay * s * dp).sum(axis=1) / jnp.maximum(mass, 2.0**-120)
                 mean = jnp.where(mass * h > ds_scale * (1.0 - 2.0**-12), exact, mean)
@@ -236,8 +240,9 @@ def gradient_q(
 
             dq, _ = lax.fori_loop(0, own_tile, earlier_tile, (dq, reach * jnp.exp2(prefix)))
 
-            # ½ <q~, dq~> = Σ_j P/den <D, v^> − ΔD is the error of ΔD, which came from a rounded y: corrected for dk and the gates, whose sums
-            # over rows it would dominate. Without normaliser ΔD is 0, and this is the row's part of the gate gradient.
+            # ½ <q~, dq~> = Σ_j P/den <D, v^> − ΔD is the error of ΔD, which came from a rounded y: corrected for dk and the
+            # gates, whose sums over rows it would dominate. Without normaliser ΔD is 0, and this is the row's part of the gate
+            # gradient.
             exact = mean + row_products(dq) * (0.5 / ds_scale)
             part = state_part * (0.5 / ds_scale)
             if normalize:

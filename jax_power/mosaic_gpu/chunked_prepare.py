@@ -1,8 +1,9 @@
 """What the kernels of the chunked form start from, in XLA: gate sums, ranges, scaled float16 operands, chunk to chunk scans.
 
 Inside, everything is float16 scaled by powers of two, which is exact for bfloat16 inputs (twin: csrc/power/chunked_layout.cuh):
-q^ = q · 2^a (a per row), k^ = k · 2^κ, v^ = v · 2^ν (κ, ν per key-value head). Time is filled up with zeros to whole chunks, head
-sizes to 64 or 128, and operands of a matrix product lie transposed, [head, feature, token]: tokens are what most products sum over.
+q^ = q · 2^a (a per row), k^ = k · 2^κ, v^ = v · 2^ν (κ, ν per key-value head). Time is filled up with zeros to whole chunks,
+head sizes to 64 or 128, and operands of a matrix product lie transposed, [head, feature, token]: tokens are what most products
+sum over.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from bridge import spec
 from jax_power.mosaic_gpu.chunked_stage import stage
 from jax_power.mosaic_gpu.chunked_update import BLOCK, TILE
 
-# Ranges of the scaled operands, as powers of two: |q^| < 2^Q_RANGE (each row on its own), |k^| < 2^K_RANGE, |v^| < 2^V_RANGE (each
-# per key-value head). k is put high because it enters squared: a key 2^10 smaller than the largest still has normal features.
+# Ranges of the scaled operands, as powers of two: |q^| < 2^Q_RANGE (each row on its own), |k^| < 2^K_RANGE, |v^| < 2^V_RANGE
+# (each per key-value head). k is put high because it enters squared: a key 2^10 smaller than the largest still has normal
+# features.
 Q_RANGE, K_RANGE, V_RANGE, DY_RANGE = 1, 4, 0, 0
 # States are stored below 2^STATE_RANGE, half of float16's range.
 STATE_RANGE = 15

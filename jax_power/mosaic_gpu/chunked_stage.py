@@ -1,7 +1,9 @@
 """Staging of the chunked form in Pallas: inputs as scaled, transposed float16 operands, and the moments of every chunk.
 
-stage     x [b, t, h, n] → (x · factor)ᵀ and, if asked for, (x · factor · weight)ᵀ, float16 [b · h, n, t]. Bound by device memory: in XLA the
-          conversions, the transposition and the second result were passes of their own (k and v: 0.36 ms against 0.11 at the flagship).
+stage     x [b, t, h, n] → (x · factor)ᵀ and, if asked for, (x · factor · weight)ᵀ, float16 [b · h, n, t]. Bound by device
+memory: in XLA the
+          conversions, the transposition and the second result were passes of their own (k and v: 0.36 ms against 0.11 at the
+          flagship).
 moments   Σ over each chunk's tokens of (w x) xᵀ, float32: 64 × 64 products whose operands lie as `stage` left them.
 """
 
@@ -78,7 +80,8 @@ def stage(x: Array, factor: Array, weight: Array | None = None) -> tuple[Array, 
 
 
 def moments(weighted: Array, x: Array, *, chunk: int, group: int, values: Array | None = None) -> Array:
-    """Σ_tokens (w x)[a] x[j] (· values) over every chunk, summed over the `group` heads of x that share a state: `[h, chunks, d, d]`.
+    """Σ_tokens (w x)[a] x[j] (· values) over every chunk, summed over the `group` heads of x that share a state: `[h, chunks,
+    d, d]`.
 
     Args:
       weighted, x: float16 `[h · group, d, t]`.

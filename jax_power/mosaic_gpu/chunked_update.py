@@ -1,15 +1,16 @@
 """Update and scan of the chunked form in Pallas: the state before every chunk, S ← decay · S + Σ_tokens x[a] w x[j] y[e].
 
-The state of a head is kept as 64 (d) matrices, one a feature a: S[a][j, e] with j ≥ 16 ⌊a / 16⌋, so that features are products of
-pairs (a, j) at 16-wide resolution: D' = Σ_a (d − 16 ⌊a / 16⌋), 2560 rows at d = 64 against 2304 at 8-wide resolution, but every
-slice of them that a matrix product takes starts at a multiple of 16 and needs no gather (`state_blocks`).
+The state of a head is kept as 64 (d) matrices, one a feature a: S[a][j, e] with j ≥ 16 ⌊a / 16⌋, so that features are products
+of pairs (a, j) at 16-wide resolution: D' = Σ_a (d − 16 ⌊a / 16⌋), 2560 rows at d = 64 against 2304 at 8-wide resolution, but
+every slice of them that a matrix product takes starts at a multiple of 16 and needs no gather (`state_blocks`).
 
 Sᵀ[a] = Σ_tokens (yᵀ · (w x)[a]) x is a product whose left operand is made in registers, the fragment of yᵀ times one number a
 token, and whose right one is a plain tile of x: φ is nowhere. A block (member, kind, head, 64 columns of y) takes the features
-16 b + member of four blocks b. Its two consumer warpgroups share their tokens, every other tile each, so that one fragment of yᵀ serves
-four products (two features a warpgroup instead, all tokens: 0.433 ms, limited by the latency from load to product; PROBE's chunk-local kernel 0.305). At
-a chunk's end they exchange halves of their sums: each goes on with two of the states, writes them before the next chunk, rounded to float16 and
-divided by the chunk's unit, and starts the others at zero. One more warpgroup loads.
+16 b + member of four blocks b. Its two consumer warpgroups share their tokens, every other tile each, so that one fragment of
+yᵀ serves four products (two features a warpgroup instead, all tokens: 0.433 ms, limited by the latency from load to product;
+PROBE's chunk-local kernel 0.305). At a chunk's end they exchange halves of their sums: each goes on with two of the states,
+writes them before the next chunk, rounded to float16 and divided by the chunk's unit, and starts the others at zero. One more
+warpgroup loads.
 
 Forward: x = k, y = v, w the decay to the chunk's end. Backward: x = q, y = dy, chunks last to first (the state's gradient).
 """
@@ -41,7 +42,9 @@ PARTIAL = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(64))
 
 
 def blocks_of(kind: int, blocks: int) -> tuple[int, int, int, int]:
-    """The blocks of features that a block of threads takes: two wide ones and two narrow ones, so that all have the same work."""
+    """The blocks of features that a block of threads takes: two wide ones and two narrow ones, so that all have the same
+    work.
+    """
     return 2 * kind, 2 * kind + 1, blocks - 2 - 2 * kind, blocks - 1 - 2 * kind
 
 
