@@ -33,7 +33,7 @@ def moments(weighted: Array, x: Array, *, chunk: int, group: int, values: Array 
 
 def update(
     weighted: Array, x: Array, y: Array, decay: Array, factor: Array, first: Any, *,
-    chunk_tiles: int, group: int, reverse: bool, want_last: bool,
+    chunk_tiles: int, group: int, reverse: bool, whole: bool, want_last: bool,
 ) -> tuple[tuple[Array, ...], tuple[Array, ...] | None]:  # fmt: skip
     h, chunks = decay.shape
     w, x, y = (_f32(z).reshape(h, group, z.shape[1], chunks, 64 * chunk_tiles) for z in (weighted, x, y))
@@ -50,7 +50,7 @@ def update(
         end, before = lax.scan(step, start, (decay.T, factor.T, added), reverse=reverse)
         states.append(before)
         last.append(jnp.swapaxes(end, 2, 3))
-    return tuple(states), tuple(last) if want_last else None
+    return (_whole(states),) if whole else tuple(states), tuple(last) if want_last else None
 
 
 def query(
@@ -62,7 +62,8 @@ def query(
     num, den = _sum("hnts,hnes->hnet", p, v), p.sum(-1)
     if states:
         reached = 1.0 if first_chunk_has_state else (np.arange(z.chunks) > 0)[None, :, None]
-        through = _sum("hnat,hnjt,hnaje->hnet", q, q, _square(z, states))
+        state = _of_group(z, jnp.swapaxes(_f32(_whole(states)), 0, 1))
+        through = _sum("hnat,hnjt,hnaje->hnet", q, q, state)
         num = num + through * (_of_group(z, _chunks(z, state_row)) * reached)[:, :, None]
         through = _sum("hnat,hnjt,hnaj->hnt", q, q, _of_group(z, _f32(moments)))
         den = den + through * _of_group(z, _chunks(z, moment_row)) * reached
@@ -80,11 +81,12 @@ def gradient_q(
     q, dy, k, v = _chunks(z, q), _chunks(z, dy), _of_group(z, _chunks(z, keys.k)), _of_group(z, _chunks(z, keys.v))
     h, mean, of_state, of_moment, of_mass, finish = (_chunks(z, x) for x in rows)
     dq, part, mass = jnp.zeros_like(q), jnp.zeros_like(mean), jnp.zeros_like(mean)
-    if states:
+    if states is not None:
         reached = 1.0 if first_chunk_has_state else (np.arange(z.chunks) > 0)[None, :, None]
         qm = _sum("hnat,hnaj->hnjt", q, _of_group(z, _f32(moments)))
+        state = _of_group(z, jnp.swapaxes(_f32(states), 0, 1))
         dq = (
-            _sum("hnat,hnet,hnaje->hnjt", q, dy, _square(z, states)) * of_state[:, :, None]
+            _sum("hnat,hnet,hnaje->hnjt", q, dy, state) * of_state[:, :, None]
             - qm * (of_moment * mean)[:, :, None]
         )
         dq = dq * (reached if first_chunk_has_state else reached[..., None])
@@ -105,8 +107,8 @@ def gradient_kv(
     q, dy, k, v = _chunks(z, q), _chunks(z, dy), _chunks(z, keys.k), _chunks(z, keys.v)
     h, _, mean = (_chunks(z, x) for x in columns)
     dk, dv = jnp.zeros_like(k), jnp.zeros_like(v)
-    if states:
-        state = _square(z, states, spread=False)
+    if states is not None:
+        state = jnp.swapaxes(_f32(states), 0, 1)
         reached = np.ones(z.chunks) if last_chunk_has_state else (np.arange(z.chunks) < z.chunks - 1)
         dk_state, dk_moment, dv_state = (_chunks(z, x)[:, :, None] * reached[None, :, None, None] for x in rows)
         dk = _sum("hnat,hnet,hnaje->hnjt", k, v, state) * dk_state + _sum("hnat,hnaj->hnjt", k, _f32(moments)) * dk_moment
@@ -163,14 +165,12 @@ def _decay(z: Any, gates: Any) -> Array:
     return jnp.where(np.tri(z.chunk, dtype=bool), jnp.exp2(jnp.minimum(prefix[..., :, None] - prefix[..., None, :], 0.0)), 0.0)
 
 
-def _square(z: Any, states: Any, *, spread: bool = True) -> Array:
-    """Blocks [chunks, h, 16, d − 16 b, e] as whole symmetric matrices [h, chunks, a, j, e], for each query head if `spread`."""
-    wide = [jnp.pad(_f32(s), ((0, 0),) * 3 + ((z.padded_d - s.shape[3], 0), (0, 0))) for s in states]
-    upper = jnp.concatenate(wide, 2)
-    block = np.arange(z.padded_d) // BLOCK
-    whole = jnp.where((block[:, None] <= block)[..., None], upper, jnp.swapaxes(upper, 2, 3))
-    whole = jnp.swapaxes(whole, 0, 1)
-    return _of_group(z, whole) if spread else whole
+def _whole(states: Any) -> Array:
+    """Blocks [chunks, h, 16, d − 16 b, e] as symmetric matrices [chunks, h, a, j, e]."""
+    d = BLOCK * len(states)
+    upper = jnp.concatenate([jnp.pad(s, ((0, 0),) * 3 + ((d - s.shape[3], 0), (0, 0))) for s in states], 2)
+    block = np.arange(d) // BLOCK
+    return jnp.where((block[:, None] <= block)[..., None], upper, jnp.swapaxes(upper, 2, 3))
 
 
 def _tokens_first(z: Any, x: Array, heads: int, dtype: Any) -> Array:

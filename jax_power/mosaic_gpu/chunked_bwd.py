@@ -13,7 +13,7 @@ and through the state, with w_i = 2^(chunk_prefix_i) h_i:  dS = Σ w_i ψ(q~_i) 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -130,7 +130,7 @@ def update_gradient(
     start = None if last_s is None else prepare.to_blocks(z, last_s)
     states, first = update(
         rows.weighted, rows.q, rows.dy, jnp.exp2(gates.chunk_sum), factors[0], start,
-        chunk_tiles=z.chunk_tiles, group=z.group, reverse=True, want_last=want_first,
+        chunk_tiles=z.chunk_tiles, group=z.group, reverse=True, whole=True, want_last=want_first,
     )  # fmt: skip
     x = moments_of(rows.weighted, rows.q, chunk=z.chunk, group=z.group, values=-mean)
     moments, first_moments = prepare.scan_chunks(gates.chunk_sum, x, last_z, reverse=True)
@@ -159,7 +159,7 @@ def backward(
     rows = prepare_rows(call, z, q, y, norm, dy, gates, keys)
     before = None
     if z.chunks > 1 or s0 is not None:
-        before = update_states(z, keys, gates, *scaled_first(z, keys, s0, z0), want_last=False)
+        before = update_states(z, keys, gates, *scaled_first(z, keys, s0, z0), whole=True)
 
     exponent = jnp.repeat(rows.dy_exponent + keys.v_exponent, z.group)[:, None]
     mean = rows.delta * prepare.power_of_two(exponent) if call.normalize else jnp.zeros_like(rows.delta)
@@ -174,7 +174,7 @@ def backward(
             for unit in (before.state_unit, before.moment_unit)
         )
         query_rows = QueryRows(h, mean, 2.0 * h * of_state, 2.0 * h * of_moment, rows.h * of_moment, finish)
-    held = ((), None) if before is None else (before.states, before.moments)
+    held: Any = (None, None) if before is None else (before.states[0], before.moments)
     dq, mean, row_state = gradient_q(
         z, rows.q, rows.dy, keys, gates, query_rows, *held,
         normalize=call.normalize, first_chunk_has_state=s0 is not None, ds_scale=2.0**DS_SHIFT, out_dtype=q.dtype,
@@ -186,9 +186,9 @@ def backward(
     if z.chunks > 1 or ds is not None or s0 is not None:
         behind = update_gradient(z, rows, mean, gates, keys, ds, dz, want_first=s0 is not None)
     key_rows = KeyRows(*(jnp.zeros_like(gates.chunk_decay),) * 3)
-    held = ((), None)  # an initial state's gradient alone comes behind no key
+    held_behind: Any = (None, None)  # an initial state's gradient alone comes behind no key
     if behind is not None and (z.chunks > 1 or ds is not None):
-        held = (behind.states, behind.moments)
+        held_behind = (behind.states[0], behind.moments)
     if behind is not None:
         of_state, of_moment = (
             gates.chunk_decay * jnp.repeat(unit, z.chunk, axis=1) * 2.0**-STATE_GRADIENT_SHIFT
@@ -199,8 +199,8 @@ def backward(
     unit = prepare.power_of_two(-rows.dy_exponent - keys.v_exponent) * 2.0**-DS_SHIFT
     of_k, of_v = unit * prepare.power_of_two(keys.k_exponent), prepare.power_of_two(-rows.dy_exponent) * 2.0**-P_SHIFT
     dk, dv, column, column_state = gradient_kv(
-        z, rows.q, rows.dy, keys, gates, key_rows, columns, *held, jnp.stack((of_k, of_v)), last_chunk_has_state=ds is not None,
-        p_scale=2.0**P_SHIFT, ds_scale=2.0**DS_SHIFT, out_dtype=k.dtype,
+        z, rows.q, rows.dy, keys, gates, key_rows, columns, *held_behind, jnp.stack((of_k, of_v)),
+        last_chunk_has_state=ds is not None, p_scale=2.0**P_SHIFT, ds_scale=2.0**DS_SHIFT, out_dtype=k.dtype,
     )  # fmt: skip
     dq, dk, dv = dq[:, : z.t, :, : z.d], dk[:, : z.t, :, : z.d], dv[:, : z.t, :, : z.e]
 
@@ -224,6 +224,7 @@ def first_gradient(
     """
     exponent = 2 * keys.k_exponent - rows.dy_exponent - STATE_GRADIENT_SHIFT
     counts = prepare.from_square(z, jnp.asarray(multiplicity(z))[None, :, :, None])
+    assert behind.first is not None
     s = prepare.from_blocks(z, behind.first) * counts * prepare.power_of_two(exponent)[:, None, None]
     moments = prepare.from_square(z, behind.first_moments[..., None]) * counts
     moments = moments[..., 0] * prepare.power_of_two(exponent - keys.v_exponent)[:, None]
@@ -235,7 +236,7 @@ def first_gradient(
     return s.reshape(z.b, z.h_kv, -1, z.e), moments.reshape(z.b, z.h_kv, -1)
 
 
-def _state_product(z: Sizes, s0: Array, z0: Array, ds0: Array, dz0: Array) -> Array:
+def _state_product(z: Sizes, s0: Array, z0: Any, ds0: Array, dz0: Any) -> Array:
     return (s0 * ds0).sum((2, 3)).reshape(z.heads) + (z0 * dz0).sum(2).reshape(z.heads)
 
 

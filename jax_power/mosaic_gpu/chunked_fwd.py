@@ -75,9 +75,9 @@ def query(
     keys: Keys,
     gates: Gates,
     states: tuple[Array, ...],
-    moments: Array,
-    state_row: Array,
-    moment_row: Array,
+    moments: Array | None,
+    state_row: Array | None,
+    moment_row: Array | None,
     finish: Array,
     *,
     normalize: bool,
@@ -100,19 +100,18 @@ def query(
     registers, direct = REGISTERS[groups], d == e == 128  # which leaves no shared memory to gather whole rows of y in
     states = tuple(x.reshape(z.chunks, z.heads, -1, e) for x in states)
 
-    def body(q_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
-        prefix_gmem, decay_gmem, total_gmem, finish_gmem, *refs = refs
+    def query_kernel(q_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
+        prefix_gmem, decay_gmem, total_gmem, finish_gmem, *others = refs
         if has_states:
-            moments_gmem, state_row_gmem, moment_row_gmem, *refs = refs
-        states_gmem, (y_gmem, norm_gmem, scratch) = refs[: len(tables)], refs[len(tables) :]
-        q_smem, factors_smem, vectors_smem, state_smem, k_smem, v_smem, decay_smem, *others = scratch
-        rows_full, state_full, state_empty, keys_full, keys_empty = others[-5:]
+            moments_gmem, state_row_gmem, moment_row_gmem, *others = others
+        states_gmem, (y_gmem, norm_gmem, scratch) = others[: len(tables)], others[len(tables) :]
+        q_smem, factors_smem, vectors_smem, state_smem, k_smem, v_smem, decay_smem, *rest = scratch
+        rows_full, state_full, state_empty, keys_full, keys_empty = rest[-5:]
         # Where the head sizes let them, y leaves through the queries and the moments arrive in the first state slot.
-        y_smem, moments_smem = (q_smem, state_smem.at[0]) if d == e else others[:2]
+        y_smem, moments_smem = (q_smem, state_smem.at[0]) if d == e else rest[:2]
         item, thread = lax.axis_index("item"), lax.axis_index("warpgroup")
-        chunk, rest = lax.rem(item, jnp.int32(z.chunks)), lax.div(item, jnp.int32(z.chunks))
-        block = blocks - 1 - lax.rem(rest, jnp.int32(blocks))
-        q_head = lax.div(rest, jnp.int32(blocks))
+        chunk, block = lax.rem(item, jnp.int32(z.chunks)), lax.div(item, jnp.int32(z.chunks))
+        q_head, block = lax.div(block, jnp.int32(blocks)), blocks - 1 - lax.rem(block, jnp.int32(blocks))
         batch, own_head = lax.div(q_head, jnp.int32(z.h_q)), lax.rem(q_head, jnp.int32(z.h_q))
         head = batch * z.h_kv + lax.div(own_head, jnp.int32(z.group))
         with_state = True if first_chunk_has_state else chunk > 0
@@ -149,7 +148,7 @@ def query(
                     plgpu.wgmma(acc, q, moments_smem)
                     return acc[...]
 
-                qm = pl.run_scoped(product, plgpu.ACC((TILE, d), jnp.float32))
+                qm = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, d), jnp.float32))
                 plgpu.barrier_arrive(state_empty.at[0])
                 return (qm * q.astype(jnp.float32)).sum(axis=1)
 
@@ -165,7 +164,7 @@ def query(
                     doubled = lax.slice(doubled, (0, BLOCK * b), (TILE, d))
 
                     def pair(i: Any, _: None, doubled: Array = doubled, b: int = b, start: int = start) -> None:
-                        width, together, _ = tables[b]
+                        width, together = tables[b][:2]
                         for u in range(2):
                             tile = start + 2 * i + u
                             slot = lax.rem(jnp.int32(tile), jnp.int32(stages))
@@ -191,7 +190,7 @@ def query(
 
             if has_states:
                 den = query_moments() * row_vector(2)
-                acc = pl.run_scoped(query_state, plgpu.ACC((TILE, e), jnp.float32)) * spread(row_vector(1), e)
+                acc = pl.run_scoped(query_state, plgpu.WGMMAAccumulatorRef((TILE, e), jnp.float32)) * spread(row_vector(1), e)
             else:
                 den = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS)
                 acc = plgpu.layout_cast(jnp.zeros((TILE, e), jnp.float32), WGMMA)
@@ -201,13 +200,13 @@ def query(
                     plgpu.wgmma(s, plgpu.transpose_ref(q_smem.at[thread], (1, 0)), k_smem.at[slot])
                     return s[...]
 
-                return pl.run_scoped(product, plgpu.ACC((TILE, TILE), jnp.float32))
+                return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32))
 
             def add_values(acc: Array, p: Array, slot: Any) -> Array:
                 def product(acc: Any) -> None:
                     plgpu.wgmma(acc, p.astype(jnp.float16), plgpu.transpose_ref(v_smem.at[slot], (1, 0)))
 
-                return pl.run_state(product)(plgpu.ACC.init(acc))
+                return pl.run_state(product)(plgpu.WGMMAAccumulatorRef.init(acc))
 
             last_tile = block * groups + (groups - 1)
 
@@ -310,13 +309,13 @@ def query(
                 pl.when(i >= key_stages)(lambda: plgpu.barrier_wait(keys_empty.at[lax.rem(i, jnp.int32(key_stages))]))
                 load_keys(i)
 
-    arrays = [q, keys.k, keys.v, gates.tile_prefix, gates.tile_decay, gates.tile_total, finish]
+    arrays: list[Any] = [q, keys.k, keys.v, gates.tile_prefix, gates.tile_decay, gates.tile_total, finish]
     if has_states:
         arrays += [moments, state_row, moment_row, *states]
     apart = [plgpu.SMEM((groups, TILE, e), jnp.float16, transforms=TILED), plgpu.SMEM((d, d), jnp.float16, transforms=NARROW)]
     apart = [] if d == e else apart
     run = compat.kernel(
-        body,
+        query_kernel,
         out_type=[
             jax.ShapeDtypeStruct((z.b, z.tokens, z.h_q, e), jnp.float16),
             jax.ShapeDtypeStruct((z.q_heads, z.tokens), jnp.float32),
@@ -360,7 +359,9 @@ class States(NamedTuple):
     last_moments: Array
 
 
-def update_states(z: Sizes, keys: Keys, gates: Gates, s0: Array | None, z0: Array | None, *, want_last: bool) -> States:
+def update_states(
+    z: Sizes, keys: Keys, gates: Gates, s0: Array | None, z0: Array | None, *, whole: bool = False, want_last: bool = False
+) -> States:
     """The states before every chunk from keys and values; s0 and z0 as `prepare.to_square` leaves them, in scaled units."""
     weight = gates.chunk_decay.reshape(z.heads, z.chunks, z.chunk).sum(2)
     bits = 2 * prepare.K_RANGE + prepare.V_RANGE
@@ -375,7 +376,7 @@ def update_states(z: Sizes, keys: Keys, gates: Gates, s0: Array | None, z0: Arra
     states, last = update(
         keys.weighted, keys.k, keys.v, jnp.exp2(gates.chunk_sum), state_factor,
         None if s0 is None else prepare.to_blocks(z, s0),
-        chunk_tiles=z.chunk_tiles, group=1, reverse=False, want_last=want_last,
+        chunk_tiles=z.chunk_tiles, group=1, reverse=False, whole=whole, want_last=want_last,
     )  # fmt: skip
     moments = (moments * moment_factor[..., None, None]).astype(jnp.float16)
     return States(states, moments, 1.0 / state_factor, 1.0 / moment_factor, last, last_moments)
@@ -406,7 +407,7 @@ def forward(
     held = (
         update_states(z, keys, gates, first_s, first_z, want_last=call.return_state) if spreads or call.return_state else None
     )
-    rows = {"states": (), "moments": None, "state_row": None, "moment_row": None}
+    rows: dict[str, Any] = {"states": (), "moments": None, "state_row": None, "moment_row": None}
     if spreads and held is not None:
         reach = jnp.exp2(gates.chunk_prefix) * 2.0**z.score_exponent
         units = [jnp.repeat(unit, z.chunk, axis=1) for unit in (held.state_unit, held.moment_unit)]
@@ -431,6 +432,7 @@ def last_state(z: Sizes, keys: Keys, gates: Gates, held: States, s0: Array | Non
     own block.
     """
     of_k, of_v = prepare.power_of_two(-2 * keys.k_exponent), prepare.power_of_two(-keys.v_exponent)
+    assert held.last is not None
     s = prepare.from_blocks(z, held.last) * (of_k * of_v)[:, None, None]
     moments = prepare.from_square(z, held.last_moments[..., None])[..., 0] * of_k[:, None]
     if s0 is not None and z0 is not None:

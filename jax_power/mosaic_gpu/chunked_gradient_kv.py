@@ -55,7 +55,7 @@ def gradient_kv(
     gates: Gates,
     rows: KeyRows,
     columns: QueryColumns,
-    states: tuple[Array, ...],
+    states: Array | None,
     moments: Array | None,
     finish: Array,
     *,
@@ -72,18 +72,17 @@ def gradient_kv(
       finish: from dk^ and dv^ to dk and dv, float32 `[2, h]`.
     """
     d, e, groups = z.padded_d, z.padded_e, gradient_groups(z)
-    blocks, has_states = z.chunk // (groups * TILE), len(states) > 0
+    blocks, has_states = z.chunk // (groups * TILE), states is not None
     stages, query_stages = (6, 3) if d == e == 64 else (2, 2)
     feature_blocks = d // BLOCK
     direct = d + e > 128  # wide heads leave no shared memory to gather whole rows of the results in
     vectors = [gates.tile_prefix, gates.tile_decay, *(rows if has_states else ())]
 
-    def body(q_gmem: Any, dy_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
-        h_gmem, h_decayed_gmem, mean_gmem, total_gmem, finish_gmem, *refs = refs
-        vectors_gmem, refs = refs[: len(vectors)], refs[len(vectors) :]
-        states_gmem, refs = refs[: len(states)], refs[len(states) :]
-        moments_gmem, refs = (refs[0], refs[1:]) if has_states else (None, refs)
-        dk_gmem, dv_gmem, all_gmem, part_gmem, scratch = refs
+    def gradient_kv_kernel(q_gmem: Any, dy_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
+        h_gmem, h_decayed_gmem, mean_gmem, total_gmem, finish_gmem, *inputs = refs
+        vectors_gmem = inputs[: len(vectors)]
+        states_gmem, moments_gmem = inputs[len(vectors) : len(vectors) + 2] if has_states else [None, None]
+        dk_gmem, dv_gmem, all_gmem, part_gmem, scratch = inputs[-5:]
         k_smem, v_smem, factors_smem, vectors_smem, state_smem, q_smem, dy_smem, columns_smem, *others = scratch
         rows_full, state_full, state_empty, queries_full, queries_empty = others[-5:]
         results_smem = others[1:-5] if has_states else others[:-5]
@@ -153,8 +152,10 @@ def gradient_kv(
                     return acc[...]
 
                 dk_state, dk_moment, dv_state = through
-                km = pl.run_scoped(product, plgpu.ACC((TILE, d), jnp.float32))
-                dk, dv = pl.run_state(products_with_states)((plgpu.ACC.init(dk), plgpu.ACC.init(dv)))
+                km = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, d), jnp.float32))
+                dk, dv = pl.run_state(products_with_states)(
+                    (plgpu.WGMMAAccumulatorRef.init(dk), plgpu.WGMMAAccumulatorRef.init(dv))
+                )
                 dk, dv = dk * spread(dk_state, d) + km * spread(dk_moment, d), dv * spread(dv_state, e)
                 part = row_products(dk)
             else:
@@ -168,14 +169,14 @@ def gradient_kv(
                     plgpu.wgmma(accs[1], plgpu.transpose_ref(v_smem.at[thread], (1, 0)), dy_smem.at[slot])
 
                 zeros = plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), WGMMA)
-                return pl.run_state(both)((plgpu.ACC.init(zeros), plgpu.ACC.init(zeros)))
+                return pl.run_state(both)((plgpu.WGMMAAccumulatorRef.init(zeros), plgpu.WGMMAAccumulatorRef.init(zeros)))
 
             def add_queries(dk: Array, dv: Array, ds: Array, p: Array, slot: Any) -> tuple[Array, Array]:
                 def both(accs: Any) -> None:
                     plgpu.wgmma(accs[0], ds.astype(jnp.float16), plgpu.transpose_ref(q_smem.at[slot], (1, 0)))
                     plgpu.wgmma(accs[1], p.astype(jnp.float16), plgpu.transpose_ref(dy_smem.at[slot], (1, 0)))
 
-                return pl.run_state(both)((plgpu.ACC.init(dk), plgpu.ACC.init(dv)))
+                return pl.run_state(both)((plgpu.WGMMAAccumulatorRef.init(dk), plgpu.WGMMAAccumulatorRef.init(dv)))
 
             def column(slot: Any, n: int) -> Array:
                 return lax.broadcast_in_dim(compat.load(columns_smem.at[slot, n], COLUMNS), (TILE, TILE), [1])
@@ -252,18 +253,18 @@ def gradient_kv(
                 load_queries(jnp.int32(i))
             if has_states:
                 features = feature_blocks * members
-                load_matrices(states_gmem, (chunk, head), features, state_smem, state_full, state_empty)
+                load_matrices(states_gmem.at[chunk, head], features, state_smem, state_full, state_empty)
 
             @pl.loop(first_queries, queries)
             def _(i: Any) -> None:
                 pl.when(i >= query_stages)(lambda: plgpu.barrier_wait(queries_empty.at[lax.rem(i, jnp.int32(query_stages))]))
                 load_queries(i)
 
-    arrays = [q, dy, keys.k, keys.v, *columns, gates.tile_total, finish, *vectors, *states]
-    arrays += [moments] if has_states else []
+    arrays = [q, dy, keys.k, keys.v, *columns, gates.tile_total, finish, *vectors]
+    arrays += [states, moments] if has_states else []
     float_rows = jax.ShapeDtypeStruct((z.heads, z.tokens), jnp.float32)
     run = compat.kernel(
-        body,
+        gradient_kv_kernel,
         out_type=[
             jax.ShapeDtypeStruct((z.b, z.tokens, z.h_kv, d), jnp.float16),
             jax.ShapeDtypeStruct((z.b, z.tokens, z.h_kv, e), jnp.float16),
@@ -283,7 +284,7 @@ def gradient_kv(
                 *([plgpu.SMEM((groups, d, d), jnp.float16, transforms=TILED)] if has_states else []),
                 *([] if direct else [plgpu.SMEM((groups, TILE, width), jnp.float16, transforms=TILED) for width in (d, e)]),
                 plgpu.Barrier(num_arrivals=2 + len(vectors) + 2 * has_states, num_barriers=groups),
-                plgpu.Barrier(num_arrivals=feature_blocks, num_barriers=stages),
+                plgpu.Barrier(num_barriers=stages),
                 plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
                 plgpu.Barrier(num_arrivals=5, num_barriers=query_stages),
                 plgpu.Barrier(num_arrivals=groups, num_barriers=query_stages),

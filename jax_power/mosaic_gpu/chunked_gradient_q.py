@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax_power.mosaic_gpu import compat
 from jax_power.mosaic_gpu.chunked_fwd import decay_on_diagonal, load_fragments
 from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
-from jax_power.mosaic_gpu.chunked_update import BLOCK, COLUMNS, ROWS, TILE, TILED, WGMMA
+from jax_power.mosaic_gpu.chunked_update import COLUMNS, ROWS, TILE, TILED, WGMMA
 
 HALF_MAX = 65504.0
 
@@ -52,32 +52,14 @@ class QueryRows(NamedTuple):
     finish: Array
 
 
-def load_matrices(states_gmem: Any, at: tuple[Any, Any], features: Any, state_smem: Any, full: Any, empty: Any) -> None:
-    """The loading warpgroup: S[a] with all j for a = 0 … features − 1, one a slot.
-
-    A slot gets 16 rows at a time: those of blocks from that of a on lie together, those of earlier blocks come from the
-    matrices S[j], as S is symmetric.
-    """
+def load_matrices(states_gmem: Any, features: Any, state_smem: Any, full: Any, empty: Any) -> None:
+    """The loading warpgroup: S[a] of one chunk and head for a = 0 … features − 1, one a slot."""
     stages = state_smem.shape[0]
 
     def load(a: Any, _: None) -> None:
         slot = lax.rem(a, jnp.int32(stages))
-        block, member = lax.div(a, jnp.int32(BLOCK)), lax.rem(a, jnp.int32(BLOCK))
         pl.when(a >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-
-        def copy(source: Any, j: int) -> None:
-            plgpu.copy_gmem_to_smem(source, state_smem.at[slot, pl.ds(BLOCK * j, BLOCK)], full.at[slot])
-
-        for j, column_gmem in enumerate(states_gmem):
-
-            @pl.when(block > j)
-            def _earlier(column_gmem: Any = column_gmem, j: int = j) -> None:
-                copy(column_gmem.at[*at, :, BLOCK * (block - j) + member], j)
-
-            @pl.when(block == j)
-            def _own(row_gmem: Any = column_gmem, j: int = j) -> None:
-                for later in range(j, len(states_gmem)):
-                    copy(row_gmem.at[*at, member, pl.ds(BLOCK * (later - j), BLOCK)], later)
+        plgpu.copy_gmem_to_smem(states_gmem.at[a], state_smem.at[slot], full.at[slot])
 
     lax.fori_loop(0, features, load, None)
 
@@ -89,7 +71,7 @@ def gradient_q(
     keys: Keys,
     gates: Gates,
     rows: QueryRows,
-    states: tuple[Array, ...],
+    states: Array | None,
     moments: Array | None,
     *,
     normalize: bool,
@@ -106,19 +88,17 @@ def gradient_q(
       ds_scale: 2^DS_SHIFT.
     """
     d, e, groups = z.padded_d, z.padded_e, gradient_groups(z)
-    blocks, has_states = z.chunk // (groups * TILE), len(states) > 0
+    blocks, has_states = z.chunk // (groups * TILE), states is not None
     stages, key_stages = (6, 3) if d == e == 64 else (2, 2)
-    feature_blocks = d // BLOCK
     direct = d + e > 128  # wide heads leave no shared memory to gather whole rows of dq in
     vectors = [rows.h, rows.mean, rows.finish, *((rows.state, rows.moment, rows.mass) if has_states else ())]
 
-    def body(
+    def gradient_q_kernel(
         q_gmem: Any, dy_gmem: Any, k_gmem: Any, v_gmem: Any, prefix_gmem: Any, decay_gmem: Any, total_gmem: Any, *refs: Any
     ) -> None:
         vectors_gmem, refs = refs[: len(vectors)], refs[len(vectors) :]
-        states_gmem, refs = refs[: len(states)], refs[len(states) :]
-        moments_gmem, refs = (refs[0], refs[1:]) if has_states else (None, refs)
-        dq_gmem, mean_gmem, part_gmem, scratch = refs
+        states_gmem, moments_gmem = refs[:2] if has_states else (None, None)
+        dq_gmem, mean_gmem, part_gmem, scratch = refs[-4:]
         q_smem, factors_smem, dy_smem, vectors_smem, state_smem, k_smem, v_smem, decay_smem, *others = scratch
         rows_full, state_full, state_empty, keys_full, keys_empty = others[-5:]
         item, thread = lax.axis_index("item"), lax.axis_index("warpgroup")
@@ -181,9 +161,9 @@ def gradient_q(
                     return acc[...]
 
                 of_state, of_moments, of_mass = through
-                qm = pl.run_scoped(product, plgpu.ACC((TILE, d), jnp.float32))
+                qm = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, d), jnp.float32))
                 state_mass = row_products(qm) * of_mass
-                dq = pl.run_scoped(products_with_states, plgpu.ACC((TILE, d), jnp.float32))
+                dq = pl.run_scoped(products_with_states, plgpu.WGMMAAccumulatorRef((TILE, d), jnp.float32))
                 dq = dq * spread(of_state, d) - qm * spread(of_moments * mean, d)
                 state_part = row_products(dq)
             else:
@@ -198,13 +178,13 @@ def gradient_q(
                     plgpu.wgmma(accs[1], plgpu.transpose_ref(dy_smem.at[thread], (1, 0)), v_smem.at[slot])
 
                 zeros = plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), WGMMA)
-                return pl.run_state(both)((plgpu.ACC.init(zeros), plgpu.ACC.init(zeros)))
+                return pl.run_state(both)((plgpu.WGMMAAccumulatorRef.init(zeros), plgpu.WGMMAAccumulatorRef.init(zeros)))
 
             def add_keys(dq: Array, ds: Array, slot: Any) -> Array:
                 def product(acc: Any) -> None:
                     plgpu.wgmma(acc, ds.astype(jnp.float16), plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
 
-                return pl.run_state(product)(plgpu.ACC.init(dq))
+                return pl.run_state(product)(plgpu.WGMMAAccumulatorRef.init(dq))
 
             @pl.loop(0, last_tile - own_tile)
             def _skip(i: Any) -> None:  # keys after all of this warpgroup's rows
@@ -276,18 +256,18 @@ def gradient_q(
             for i in range(first_keys):
                 load_keys(jnp.int32(i))
             if has_states:
-                load_matrices(states_gmem, (chunk, head), features, state_smem, state_full, state_empty)
+                load_matrices(states_gmem.at[chunk, head], features, state_smem, state_full, state_empty)
 
             @pl.loop(first_keys, last_tile + 1)
             def _(i: Any) -> None:
                 pl.when(i >= key_stages)(lambda: plgpu.barrier_wait(keys_empty.at[lax.rem(i, jnp.int32(key_stages))]))
                 load_keys(i)
 
-    arrays = [q, dy, keys.k, keys.v, gates.tile_prefix, gates.tile_decay, gates.tile_total, *vectors, *states]
-    arrays += [moments] if has_states else []
+    arrays = [q, dy, keys.k, keys.v, gates.tile_prefix, gates.tile_decay, gates.tile_total, *vectors]
+    arrays += [states, moments] if has_states else []
     float_rows = jax.ShapeDtypeStruct((z.q_heads, z.tokens), jnp.float32)
     run = compat.kernel(
-        body,
+        gradient_q_kernel,
         out_type=[jax.ShapeDtypeStruct((z.b, z.tokens, z.h_q, d), jnp.float16), float_rows, float_rows],
         scratch_types=[
             (
@@ -302,7 +282,7 @@ def gradient_q(
                 *([plgpu.SMEM((groups, d, d), jnp.float16, transforms=TILED)] if has_states else []),
                 *([] if direct else [plgpu.SMEM((groups, TILE, d), jnp.float16, transforms=TILED)]),
                 plgpu.Barrier(num_arrivals=3 + len(vectors) + 2 * has_states, num_barriers=groups),
-                plgpu.Barrier(num_arrivals=feature_blocks, num_barriers=stages),
+                plgpu.Barrier(num_barriers=stages),
                 plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
                 plgpu.Barrier(num_arrivals=3, num_barriers=key_stages),
                 plgpu.Barrier(num_arrivals=groups, num_barriers=key_stages),

@@ -37,9 +37,9 @@ def stage(x: Array, factor: Array, weight: Array | None = None) -> tuple[Array, 
     blocks, by_row = t // (SPAN * TILE), factor.ndim == 2
     results = 1 if weight is None else 2
 
-    def body(x_gmem: Any, factor_gmem: Any, *refs: Any) -> None:
-        weight_gmem, refs = (None, refs) if weight is None else (refs[0], refs[1:])
-        results_gmem, (x_smem, results_smem, full) = refs[:results], refs[results:]
+    def stage_kernel(x_gmem: Any, factor_gmem: Any, *refs: Any) -> None:
+        weight_gmem, *others = refs if weight is not None else (None, *refs)
+        results_gmem, (x_smem, results_smem, full) = others[:results], others[results:]
         item = lax.axis_index("item")
         block, head = lax.rem(item, jnp.int32(blocks)), lax.div(item, jnp.int32(blocks))
         batch, own_head = lax.div(head, jnp.int32(h)), lax.rem(head, jnp.int32(h))
@@ -51,7 +51,7 @@ def stage(x: Array, factor: Array, weight: Array | None = None) -> tuple[Array, 
             plgpu.copy_gmem_to_smem(x_gmem.at[batch, tokens(i), own_head], x_smem.at[i], full.at[i])
         for i in range(SPAN):
             of_row = compat.load(factor_gmem.at[head, tokens(i)], ROWS, optimized=False) if by_row else None
-            of_weight = None if weight is None else compat.load(weight_gmem.at[head, tokens(i)], ROWS, optimized=False)
+            of_weight = None if weight_gmem is None else compat.load(weight_gmem.at[head, tokens(i)], ROWS, optimized=False)
             plgpu.barrier_wait(full.at[i])
             values = compat.load(x_smem.at[i], WGMMA).astype(jnp.float32)
             values = values * (factor_gmem[head] if of_row is None else lax.broadcast_in_dim(of_row, (TILE, n), [0]))
@@ -66,7 +66,7 @@ def stage(x: Array, factor: Array, weight: Array | None = None) -> tuple[Array, 
         plgpu.wait_smem_to_gmem(0)
 
     run = compat.kernel(
-        body,
+        stage_kernel,
         out_type=[jax.ShapeDtypeStruct((b * h, n, t), jnp.float16) for _ in range(results)],
         scratch_types=[
             plgpu.SMEM((SPAN, TILE, n), x.dtype, transforms=TILED),
@@ -91,9 +91,9 @@ def moments(weighted: Array, x: Array, *, chunk: int, group: int, values: Array 
     chunks, tiles = t // chunk, group * (chunk // TILE)
     stages = min(MOMENT_STAGES, tiles)
 
-    def body(weighted_gmem: Any, x_gmem: Any, *refs: Any) -> None:
-        values_gmem, refs = (None, refs) if values is None else (refs[0], refs[1:])
-        out_gmem, weighted_smem, x_smem, values_smem, full, consumed = refs
+    def moments_kernel(weighted_gmem: Any, x_gmem: Any, *refs: Any) -> None:
+        values_gmem, *others = refs if values is not None else (None, *refs)
+        out_gmem, weighted_smem, x_smem, values_smem, full, consumed = others
         item = lax.axis_index("item")
         own_chunk, head = lax.rem(item, jnp.int32(chunks)), lax.div(item, jnp.int32(chunks))
 
@@ -126,10 +126,10 @@ def moments(weighted: Array, x: Array, *, chunk: int, group: int, values: Array 
 
             return acc[...]
 
-        out_gmem.at[head, own_chunk][...] = pl.run_scoped(products, plgpu.ACC((d, d), jnp.float32))
+        out_gmem.at[head, own_chunk][...] = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((d, d), jnp.float32))
 
     run = compat.kernel(
-        body,
+        moments_kernel,
         out_type=jax.ShapeDtypeStruct((heads // group, chunks, d, d), jnp.float32),
         scratch_types=[
             plgpu.SMEM((stages, d, TILE), jnp.float16, transforms=TILED),

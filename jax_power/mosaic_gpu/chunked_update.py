@@ -59,6 +59,7 @@ def update(
     chunk_tiles: int,
     group: int,
     reverse: bool,
+    whole: bool,
     want_last: bool,
 ) -> tuple[tuple[Array, ...], tuple[Array, ...] | None]:
     """States before every chunk (behind it, if `reverse`) and the one after all.
@@ -72,9 +73,11 @@ def update(
       chunk_tiles: tiles of 64 tokens a chunk.
       group: heads of x and y that share a state.
       reverse: chunks are taken last to first.
+      whole: matrices with all j, as gradients read them; else, as queries do, only those with j ≥ 16 b.
       want_last: also return the state after all chunks, like `first`.
     Returns:
-      Per block b float16 `[chunks, h, 16, d − 16 b, e]`, and the last state or None.
+      Float16 `[chunks, h, d, d, e]` alone if `whole`, else per block b `[chunks, h, 16, d − 16 b, e]`; and the last state or
+      None.
     """
     d, tokens = x.shape[1:]
     e, (h, chunks) = y.shape[1], decay.shape
@@ -93,9 +96,9 @@ def update(
         chunk = chunks - 1 - step if reverse else step
         return lax.div(inside, jnp.int32(chunk_tiles)), (chunk * chunk_tiles + lax.rem(inside, jnp.int32(chunk_tiles))) * TILE
 
-    def body(weighted_gmem: Any, x_gmem: Any, y_gmem: Any, decay_gmem: Any, factor_gmem: Any, *refs: Any) -> None:
+    def update_kernel(weighted_gmem: Any, x_gmem: Any, y_gmem: Any, decay_gmem: Any, factor_gmem: Any, *refs: Any) -> None:
         first_gmem, refs = refs[: blocks * has_first], refs[blocks * has_first :]
-        states_gmem, refs = refs[:blocks], refs[blocks:]
+        states_gmem, refs = refs[: len(state_types)], refs[len(state_types) :]
         last_gmem, (scratch,) = refs[: blocks * want_last], refs[blocks * want_last :]
         rows_smem, x_smem, y_smem, out_smem, partial_smem, full, empty, written, read = scratch
         item, thread = lax.axis_index("item"), lax.axis_index("warpgroup")
@@ -113,16 +116,19 @@ def update(
             def partial(b: int) -> Any:
                 return partial_smem[taken.index(b)].at[:, pl.ds(0, widths[b])]
 
-            def tile_products(accs: Any, i: Any) -> None:
+            def tile_products(accs: Any, i: Any, release: Any) -> None:
                 slot = lax.rem(i, jnp.int32(stages))
                 plgpu.barrier_wait(full.at[slot])
                 y_tile = compat.load(y_smem.at[slot], WGMMA)
-                for acc, b in zip(accs, order, strict=True):
+                for n, (acc, b) in enumerate(zip(accs, order, strict=True)):
                     row = compat.load(rows_smem.at[slot, b], COLUMNS)
                     a = y_tile * lax.broadcast_in_dim(row, (64, TILE), [1])
                     keys = x_smem.at[slot] if b == 0 else x_smem.at[slot, pl.ds(BLOCK * b, widths[b])]
                     plgpu.wgmma(acc, a, plgpu.transpose_ref(keys, (1, 0)))
-                plgpu.wgmma_wait(4)
+                    # More products in flight would keep more left operands in registers than there are.
+                    plgpu.wgmma_wait(2)
+                    if n == 1:  # the tile before is done with
+                        release()
 
             def write_states(accs: Any, chunk: Any) -> None:
                 scale = factor_gmem[head, chunk]
@@ -132,8 +138,16 @@ def update(
                     rounded = plgpu.layout_cast((acc * scale).astype(jnp.float16), plgpu.Layout.WGMMA_TRANSPOSED)
                     plgpu.transpose_ref(out, (1, 0))[...] = rounded
                 plgpu.commit_smem()
-                for out, b in zip(outs, kept, strict=True):
-                    plgpu.copy_smem_to_gmem(out, states_gmem[b].at[chunk, head, member, :, pl.ds(half * 64, 64)])
+                for n, (out, b) in enumerate(zip(outs, kept, strict=True)):
+                    columns = pl.ds(half * 64, 64)
+                    if not whole:
+                        plgpu.copy_smem_to_gmem(out, states_gmem[b].at[chunk, head, member, :, columns])
+                        continue
+                    a, later = BLOCK * b + member, widths[b] - BLOCK
+                    plgpu.copy_smem_to_gmem(out, states_gmem[0].at[chunk, head, a, pl.ds(BLOCK * b, widths[b]), columns])
+                    if later:  # S[j] at a, for j in later blocks
+                        out = out_smem.at[thread, n, pl.ds(BLOCK, later)]
+                        plgpu.copy_smem_to_gmem(out, states_gmem[0].at[chunk, head, pl.ds(d - later, later), a, columns])
 
             def exchange(accs: Any) -> Any:
                 """Hands over the sums of the other warpgroup's features, and adds what it has of this one's."""
@@ -159,18 +173,19 @@ def update(
                     def pair(i: Any, _: None) -> None:
                         for u in range(2):
                             tile = base + 4 * i + 2 * u
-                            tile_products(refs, tile)
 
-                            def release(tile: Any = tile) -> None:
-                                plgpu.barrier_arrive(empty.at[lax.rem(tile + (stages - 2), jnp.int32(stages))])
+                            def release(tile: Any = tile, u: int = u) -> None:
+                                slot = lax.rem(tile + (stages - 2), jnp.int32(stages))
+                                arrive = functools.partial(plgpu.barrier_arrive, empty.at[slot])
+                                pl.when(i > 0)(arrive) if u == 0 else arrive()
 
-                            pl.when(i > 0)(release) if u == 0 else release()
+                            tile_products(refs, tile, release)
 
                     lax.fori_loop(0, tiles // 4, pair, None)
                     plgpu.wgmma_wait(0)
 
                 start = [*(acc * across for acc in accs), *map(zeros, given)]
-                accs = pl.run_state(products)(tuple(plgpu.ACC.init(acc) for acc in start))
+                accs = pl.run_state(products)(tuple(plgpu.WGMMAAccumulatorRef.init(acc) for acc in start))
                 plgpu.barrier_arrive(empty.at[lax.rem(base + (tiles - 2), jnp.int32(stages))])
                 return exchange(accs)
 
@@ -211,10 +226,13 @@ def update(
                 plgpu.barrier_wait(empty.at[slot])
                 load(i + stages, slot)
 
-    state_types = [jax.ShapeDtypeStruct((chunks, h, BLOCK, width, e), jnp.float16) for width in widths]
+    if whole:
+        state_types = [jax.ShapeDtypeStruct((chunks, h, d, d, e), jnp.float16)]
+    else:
+        state_types = [jax.ShapeDtypeStruct((chunks, h, BLOCK, width, e), jnp.float16) for width in widths]
     last_types = [jax.ShapeDtypeStruct((h, BLOCK, e, width), jnp.float32) for width in widths] if want_last else []
     results = compat.kernel(
-        body,
+        update_kernel,
         out_type=[*state_types, *last_types],
         scratch_types=[
             (
@@ -234,4 +252,4 @@ def update(
         num_threads=3,
         thread_name="warpgroup",
     )(weighted.reshape(-1, blocks, BLOCK, tokens), x, y, decay, factor, *(first or ()))
-    return tuple(results[:blocks]), tuple(results[blocks:]) if want_last else None
+    return tuple(results[: len(state_types)]), tuple(results[len(state_types) :]) if want_last else None
