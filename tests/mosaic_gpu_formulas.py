@@ -85,10 +85,7 @@ def gradient_q(
         reached = 1.0 if first_chunk_has_state else (np.arange(z.chunks) > 0)[None, :, None]
         qm = _sum("hnat,hnaj->hnjt", q, _of_group(z, _f32(moments)))
         state = _of_group(z, jnp.swapaxes(_f32(states), 0, 1))
-        dq = (
-            _sum("hnat,hnet,hnaje->hnjt", q, dy, state) * of_state[:, :, None]
-            - qm * (of_moment * mean)[:, :, None]
-        )
+        dq = _sum("hnat,hnet,hnaje->hnjt", q, dy, state) * of_state[:, :, None] - qm * (of_moment * mean)[:, :, None]
         dq = dq * (reached if first_chunk_has_state else reached[..., None])
         part, mass = (q * dq).sum(2), (q * qm).sum(2) * of_mass * reached
     s = _sum("hnct,hncs->hnts", q, k) * _decay(z, gates)

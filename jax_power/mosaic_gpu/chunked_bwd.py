@@ -186,9 +186,9 @@ def backward(
     if z.chunks > 1 or ds is not None or s0 is not None:
         behind = update_gradient(z, rows, mean, gates, keys, ds, dz, want_first=s0 is not None)
     key_rows = KeyRows(*(jnp.zeros_like(gates.chunk_decay),) * 3)
-    held_behind: Any = (None, None)  # an initial state's gradient alone comes behind no key
+    of_behind: dict[str, Any] = {"states": None, "moments": None}  # an initial state's gradient alone comes behind no key
     if behind is not None and (z.chunks > 1 or ds is not None):
-        held_behind = (behind.states[0], behind.moments)
+        of_behind = {"states": behind.states[0], "moments": behind.moments}
     if behind is not None:
         of_state, of_moment = (
             gates.chunk_decay * jnp.repeat(unit, z.chunk, axis=1) * 2.0**-STATE_GRADIENT_SHIFT
@@ -199,7 +199,7 @@ def backward(
     unit = prepare.power_of_two(-rows.dy_exponent - keys.v_exponent) * 2.0**-DS_SHIFT
     of_k, of_v = unit * prepare.power_of_two(keys.k_exponent), prepare.power_of_two(-rows.dy_exponent) * 2.0**-P_SHIFT
     dk, dv, column, column_state = gradient_kv(
-        z, rows.q, rows.dy, keys, gates, key_rows, columns, *held_behind, jnp.stack((of_k, of_v)),
+        z, rows.q, rows.dy, keys, gates, key_rows, columns, **of_behind, finish=jnp.stack((of_k, of_v)),
         last_chunk_has_state=ds is not None, p_scale=2.0**P_SHIFT, ds_scale=2.0**DS_SHIFT, out_dtype=k.dtype,
     )  # fmt: skip
     dq, dk, dv = dq[:, : z.t, :, : z.d], dk[:, : z.t, :, : z.d], dv[:, : z.t, :, : z.e]

@@ -81,7 +81,8 @@ def gradient_kv(
     def gradient_kv_kernel(q_gmem: Any, dy_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
         h_gmem, h_decayed_gmem, mean_gmem, total_gmem, finish_gmem, *inputs = refs
         vectors_gmem = inputs[: len(vectors)]
-        states_gmem, moments_gmem = inputs[len(vectors) : len(vectors) + 2] if has_states else [None, None]
+        held: Any = inputs[len(vectors) : len(vectors) + 2] if has_states else (None, None)
+        states_gmem, moments_gmem = held
         dk_gmem, dv_gmem, all_gmem, part_gmem, scratch = inputs[-5:]
         k_smem, v_smem, factors_smem, vectors_smem, state_smem, q_smem, dy_smem, columns_smem, *others = scratch
         rows_full, state_full, state_empty, queries_full, queries_empty = others[-5:]

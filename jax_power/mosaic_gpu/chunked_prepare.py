@@ -27,8 +27,9 @@ Q_RANGE, K_RANGE, V_RANGE, DY_RANGE = 1, 4, 0, 0
 # States are stored below 2^STATE_RANGE, half of float16's range.
 STATE_RANGE = 15
 LOG2_E = 1.4426950408889634
-# Longest sequence of chunks whose scan is one product with a matrix of decays; beyond, a matrix would outgrow the states.
-SCAN_LIMIT = 2048
+# Most chunks whose scan is one product with their matrix of decays (a scan by pairs is a dozen launches of microseconds);
+# with more, the matrix would outgrow the states.
+SCAN_LIMIT = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,21 +149,37 @@ def sum_gates(z: Sizes, log_g: Array | None) -> Gates:
 def scan_chunks(log_decay: Array, x: Array, first: Array | None, *, reverse: bool = False) -> tuple[Array, Array]:
     """S ← 2^(log_decay_n) S + x_n: S before every chunk (behind it, if `reverse`) `[h, chunks, …]`, and after all `[h, …]`.
 
-    One product with the matrix of decays between chunks, each an exponential of its own sum, never a ratio.
+    Decays between chunks are exponentials of their own sums, never ratios.
     """
     h, n = log_decay.shape
     if reverse:
         log_decay, x = jnp.flip(log_decay, 1), jnp.flip(x, 1)
-    between = jnp.where(np.tri(n, k=-1, dtype=bool), log_decay[:, :, None], 0.0)  # [h, step, from]: steps after `from`
-    sums = jnp.matmul(np.tri(n, dtype=np.float32), between, precision=lax.Precision.HIGHEST)
-    decay = jnp.where(np.tri(n, dtype=bool), jnp.exp2(sums), 0.0)
-    after = jnp.matmul(decay, x.reshape(h, n, -1), precision=lax.Precision.HIGHEST)
+    scan = _scan_by_matrix if n <= SCAN_LIMIT else _scan_by_pairs
+    decay, after = scan(log_decay, x.reshape(h, n, -1))
     start = jnp.zeros_like(after[:, :1]) if first is None else first.reshape(h, 1, -1)
     if first is not None:
-        after = after + jnp.exp2(_partial_sums(log_decay)[0])[..., None] * start
+        after = after + jnp.exp2(decay)[..., None] * start
     states = jnp.concatenate((start, after), 1).reshape(h, n + 1, *x.shape[2:])
     before, last = states[:, :-1], states[:, -1]
     return (jnp.flip(before, 1) if reverse else before), last
+
+
+def _scan_by_matrix(log_decay: Array, x: Array) -> tuple[Array, Array]:
+    """Sums of the log decays up to and with each chunk, and S after it from nothing: `[h, chunks]`, `[h, chunks, n]`."""
+    n = log_decay.shape[1]
+    between = jnp.where(np.tri(n, k=-1, dtype=bool), log_decay[:, :, None], 0.0)  # [h, step, from]: steps after `from`
+    sums = jnp.matmul(np.tri(n, dtype=np.float32), between, precision=lax.Precision.HIGHEST)
+    decay = jnp.where(np.tri(n, dtype=bool), jnp.exp2(sums), 0.0)
+    return _partial_sums(log_decay)[0], jnp.matmul(decay, x, precision=lax.Precision.HIGHEST)
+
+
+def _scan_by_pairs(log_decay: Array, x: Array) -> tuple[Array, Array]:
+    """The same with memory linear in the number of chunks."""
+
+    def combine(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+        return left[0] + right[0], left[1] * jnp.exp2(right[0])[..., None] + right[1]
+
+    return lax.associative_scan(combine, (log_decay, x), axis=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
