@@ -163,28 +163,21 @@ def query(
                     doubled = jnp.where(column >= BLOCK * (b + 1), q + q, q)
                     doubled = lax.slice(doubled, (0, BLOCK * b), (TILE, d))
 
-                    def pair(i: Any, _: None, doubled: Array = doubled, b: int = b, start: int = start) -> None:
+                    def add_tile(i: Any, _: None, doubled: Array = doubled, b: int = b, start: int = start) -> None:
                         width, together = tables[b][:2]
-                        for u in range(2):
-                            tile = start + 2 * i + u
-                            slot = lax.rem(jnp.int32(tile), jnp.int32(stages))
-                            factors = [
-                                compat.load(factors_smem.at[thread, BLOCK * b + (2 * i + u) * together + n], ROWS)
-                                for n in range(together)
-                            ]
-                            operands = [doubled * spread(x, width) for x in factors]
-                            plgpu.barrier_wait(state_full.at[slot])
-                            for n, a in enumerate(operands):
-                                plgpu.wgmma(acc, a, state_smem.at[slot, pl.ds(n * width, width)])
-                            plgpu.wgmma_wait(together)
+                        slot = lax.rem(start + i, jnp.int32(stages))
+                        features = [BLOCK * b + i * together + n for n in range(together)]
+                        factors = [compat.load(factors_smem.at[thread, a], ROWS) for a in features]
+                        operands = [doubled * spread(x, width) for x in factors]
+                        plgpu.barrier_wait(state_full.at[slot])
+                        for n, a in enumerate(operands):
+                            plgpu.wgmma(acc, a, state_smem.at[slot, pl.ds(n * width, width)])
+                        # Drained, while the other warpgroups make their operands: four of them leave no registers for operands
+                        # in flight (ptxas then serialises every instruction, C7512).
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(state_empty.at[slot])
 
-                            def release(tile: Any = tile) -> None:
-                                plgpu.barrier_arrive(state_empty.at[lax.rem(tile + (stages - 1), jnp.int32(stages))])
-
-                            # Tile 0 held the moments and is released; the first state tile has none before it.
-                            pl.when(i > 0)(release) if (b, u) == (0, 0) else release()
-
-                    lax.fori_loop(0, count(tiles // 2), pair, None)
+                    lax.fori_loop(0, count(tiles), add_tile, None)
                     start += tiles
                 return acc[...]
 

@@ -124,25 +124,21 @@ def gradient_kv(
                 for b in range(feature_blocks):
                     doubled = lax.slice(jnp.where(column >= BLOCK * (b + 1), k + k, k), (0, BLOCK * b), (TILE, d))
 
-                    def pair(i: Any, _: None, doubled: Array = doubled, b: int = b) -> None:
-                        for u in range(2):
-                            member = 2 * i + u
-                            tile = BLOCK * b + member
-                            slot = lax.rem(tile, jnp.int32(stages))
-                            factor = compat.load(factors_smem.at[thread, tile], ROWS)
-                            of_k, of_v = doubled * spread(factor, d - BLOCK * b), v * spread(factor, e)
-                            plgpu.barrier_wait(state_full.at[slot])
-                            plgpu.wgmma(accs[0], of_v, plgpu.transpose_ref(state_smem.at[slot], (1, 0)))
-                            state = state_smem.at[slot] if b == 0 else state_smem.at[slot, pl.ds(BLOCK * b, d - BLOCK * b)]
-                            plgpu.wgmma(accs[1], of_k, state)
-                            plgpu.wgmma_wait(2)
+                    def add_matrix(i: Any, _: None, doubled: Array = doubled, b: int = b) -> None:
+                        feature = BLOCK * b + i
+                        slot = lax.rem(feature, jnp.int32(stages))
+                        factor = compat.load(factors_smem.at[thread, feature], ROWS)
+                        of_k, of_v = doubled * spread(factor, d - BLOCK * b), v * spread(factor, e)
+                        plgpu.barrier_wait(state_full.at[slot])
+                        plgpu.wgmma(accs[0], of_v, plgpu.transpose_ref(state_smem.at[slot], (1, 0)))
+                        state = state_smem.at[slot] if b == 0 else state_smem.at[slot, pl.ds(BLOCK * b, d - BLOCK * b)]
+                        plgpu.wgmma(accs[1], of_k, state)
+                        plgpu.wgmma_wait(
+                            0
+                        )  # drained, while the other warpgroup makes its operands: in flight they spill registers
+                        plgpu.barrier_arrive(state_empty.at[slot])
 
-                            def release(tile: Any = tile) -> None:
-                                plgpu.barrier_arrive(state_empty.at[lax.rem(tile + (stages - 1), jnp.int32(stages))])
-
-                            pl.when(i > 0)(release) if (b, u) == (0, 0) else release()
-
-                    lax.fori_loop(0, lax.div(members, 2) if not isinstance(members, int) else members // 2, pair, None)
+                    lax.fori_loop(0, members, add_matrix, None)
 
             dk = plgpu.layout_cast(jnp.zeros((TILE, d), jnp.float32), WGMMA)
             dv = plgpu.layout_cast(jnp.zeros((TILE, e), jnp.float32), WGMMA)

@@ -116,19 +116,20 @@ def update(
             def partial(b: int) -> Any:
                 return partial_smem[taken.index(b)].at[:, pl.ds(0, widths[b])]
 
-            def tile_products(accs: Any, i: Any, release: Any) -> None:
+            def tile_products(accs: Any, i: Any) -> None:
                 slot = lax.rem(i, jnp.int32(stages))
                 plgpu.barrier_wait(full.at[slot])
                 y_tile = compat.load(y_smem.at[slot], WGMMA)
-                for n, (acc, b) in enumerate(zip(accs, order, strict=True)):
+                for acc, b in zip(accs, order, strict=True):
                     row = compat.load(rows_smem.at[slot, b], COLUMNS)
                     a = y_tile * lax.broadcast_in_dim(row, (64, TILE), [1])
                     keys = x_smem.at[slot] if b == 0 else x_smem.at[slot, pl.ds(BLOCK * b, widths[b])]
                     plgpu.wgmma(acc, a, plgpu.transpose_ref(keys, (1, 0)))
-                    # More products in flight would keep more left operands in registers than there are.
-                    plgpu.wgmma_wait(2)
-                    if n == 1:  # the tile before is done with
-                        release()
+                # Drained, while the other warpgroup makes its operands: with products in flight at the next tile, their left
+                # operands and the sums need more registers than there are, or ptxas serialises every instruction (C7512,
+                # C7515).
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(empty.at[slot])
 
             def write_states(accs: Any, chunk: Any) -> None:
                 scale = factor_gmem[head, chunk]
@@ -170,23 +171,10 @@ def update(
                 base = step * tiles + thread
 
                 def products(refs: Any) -> None:
-                    def pair(i: Any, _: None) -> None:
-                        for u in range(2):
-                            tile = base + 4 * i + 2 * u
-
-                            def release(tile: Any = tile, u: int = u) -> None:
-                                slot = lax.rem(tile + (stages - 2), jnp.int32(stages))
-                                arrive = functools.partial(plgpu.barrier_arrive, empty.at[slot])
-                                pl.when(i > 0)(arrive) if u == 0 else arrive()
-
-                            tile_products(refs, tile, release)
-
-                    lax.fori_loop(0, tiles // 4, pair, None)
-                    plgpu.wgmma_wait(0)
+                    lax.fori_loop(0, tiles // 2, lambda i, _: tile_products(refs, base + 2 * i), None)
 
                 start = [*(acc * across for acc in accs), *map(zeros, given)]
                 accs = pl.run_state(products)(tuple(plgpu.WGMMAAccumulatorRef.init(acc) for acc in start))
-                plgpu.barrier_arrive(empty.at[lax.rem(base + (tiles - 2), jnp.int32(stages))])
                 return exchange(accs)
 
             plgpu.set_max_registers(232, action="increase")
