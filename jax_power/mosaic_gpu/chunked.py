@@ -1,0 +1,117 @@
+"""The chunked form on Hopper: glue between the interface every implementation has and the Pallas kernels.
+
+Calls with a state, and those of form 'recurrent', are served by the same kernels: the sums are the same. The chunk length is
+the kernels' own (`chunked_prepare.chunk_length`): results do not depend on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bridge import spec
+from jax_power.mosaic_gpu import chunked_bwd, chunked_fwd
+
+
+def supports(call: spec.PowerCall, device: str) -> str | None:
+    """None, or why the kernels of the chunked form cannot serve `call`: the argument, and what would work."""
+    if device not in ("gpu", "cuda"):
+        return f"device {device}: the kernels run on a Hopper GPU; move the arrays there"
+    if call.deg != 2:
+        return f"deg={call.deg}: the chunked kernels take 2; form='attention' without a state takes 1 to 4"
+    if not call.causal:
+        return "causal=False: the chunked kernels are causal; use form='attention'"
+    if len(set(call.dtypes)) > 1 or call.dtypes[0] not in ("bfloat16", "float16"):
+        return f"dtypes {', '.join(call.dtypes)} of q, k, v: the kernels take bfloat16 or float16, the same for all three"
+    for name, size in (("d", call.d), ("e", call.e)):
+        if not 8 <= size <= 128 or size % 8:
+            return f"head size {name}={size}: the chunked kernels take multiples of 8 up to 128"
+    return None
+
+
+def forward(
+    call: spec.PowerCall, q: Array, k: Array, v: Array, log_g: Array | None, s0: Array | None, z0: Array | None
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """y `[b, t, h_q, e]` in the dtype of v, norm `[b, t, h_q]` float32, and the final state (None unless asked for)."""
+    return _fold_batches(_forward, call, (q, k, v, log_g, s0, z0))
+
+
+def backward(
+    call: spec.PowerCall,
+    q: Array,
+    k: Array,
+    v: Array,
+    log_g: Array | None,
+    s0: Array | None,
+    z0: Array | None,
+    y: Array,
+    norm: Array,
+    dy: Array,
+    ds: Array | None,
+    dz: Array | None,
+) -> tuple[Array, Array, Array, Array | None, Array | None, Array | None]:
+    """Gradients of q, k, v, log_g, s0, z0 in the dtypes of those arguments (None where the argument is None).
+
+    States are recomputed, so that a forward pass keeps y and norm alone. Every sum has one order: two runs give equal bits.
+    """
+    return _fold_batches(_backward, call, (q, k, v, log_g, s0, z0, y, norm, dy, ds, dz))
+
+
+def _fold_batches(run: Callable[..., Any], call: spec.PowerCall, arrays: tuple[Array | None, ...]) -> Any:
+    """`run(call, *arrays)`, whose `vmap` makes the mapped axis part of the batch: one launch of each kernel whatever is
+    mapped.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def mapped(arrays: Any) -> Any:
+        return run(call, *arrays)
+
+    @mapped.def_vmap
+    def fold(size: int, batched: Any, arrays: Any) -> Any:
+        def merge(x: Array, is_batched: bool) -> Array:
+            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(size * x.shape[1], *x.shape[2:])
+
+        merged = jax.tree.map(merge, arrays, batched[0])
+        results = _fold_batches(run, dataclasses.replace(call, b=size * call.b), merged)
+        results = jax.tree.map(lambda x: x.reshape(size, call.b, *x.shape[1:]), results)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return mapped(arrays)
+
+
+def _empty(call: spec.PowerCall) -> bool:
+    return 0 in (call.b, call.t, call.h_q)
+
+
+def _scaled(call: spec.PowerCall, q: Array) -> Array:
+    """A normalised y does not depend on the scale, unless that is 0 and with it every weight."""
+    return jnp.zeros_like(q) if call.normalize and call.scale == 0 else q
+
+
+def _forward(
+    call: spec.PowerCall, q: Array, k: Array, v: Array, *rest: Array | None
+) -> tuple[Array, Array, Array | None, Array | None]:
+    if not _empty(call):
+        return chunked_fwd.forward(call, _scaled(call, q), k, v, *rest)
+    _, s0, z0 = rest
+    s = z = None
+    if call.return_state:
+        shape = (call.b, call.h_kv, call.rows)
+        s, z = (jnp.zeros((*shape, call.e)), jnp.zeros(shape)) if s0 is None else (s0, z0)
+    return jnp.zeros((*q.shape[:3], call.e), v.dtype), jnp.zeros(q.shape[:3], jnp.float32), s, z
+
+
+def _backward(call: spec.PowerCall, q: Array, k: Array, v: Array, *rest: Array | None) -> tuple[Array | None, ...]:
+    log_g, s0, z0, y, norm, dy, ds, dz = rest
+    if _empty(call):
+        through = [x if dx is None else dx for x, dx in ((s0, ds), (z0, dz))] if s0 is not None else [None, None]
+        zeros = [None if x is None else jnp.zeros_like(x) for x in (q, k, v, log_g, s0, z0)]
+        return *zeros[:4], *((zero if ds is None else dx) for zero, dx in zip(zeros[4:], through, strict=True))
+    assert y is not None and norm is not None and dy is not None
+    return chunked_bwd.backward(call, _scaled(call, q), k, v, log_g, s0, z0, y, norm, dy.astype(v.dtype), ds, dz)

@@ -1,0 +1,436 @@
+"""Forward of the chunked form in Pallas: y for a block of queries, its three sums in one pass and its normaliser.
+
+    num_i = 2^(chunk_prefix_i) ψ(q^_i) S  +  Σ_{j ≤ i in the chunk} P_ij v^_j,    P_ij = s^_ij² γ_ij 2^PS,   s^ = <q^, k^>
+    den_i = 2^(chunk_prefix_i) q^_iᵀ M q^_i  +  Σ P_ij,                            y_i = num_i / den_i · 2^−ν
+
+A block takes 64 · groups queries of a chunk of one head. Each consumer warpgroup owns 64 of them:
+  1. normaliser from the moments: Q^ M, dotted with Q^ in registers;
+  2. state: for each feature a, A = Q^[:, j ≥ 16 ⌊a / 16⌋] · q^[a] in registers (off-diagonal blocks doubled), B = S[a] as
+  `update` wrote it; 3. inside the chunk, from the diagonal key tile backwards so that gate sums stay local: S = Q^ K^ᵀ, P from
+  S in registers, P V^.
+One more warpgroup loads. Shared memory: queries (y leaves through them), queries transposed, a ring of state tiles, one of key
+tiles.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+
+from bridge import spec
+from jax_power.mosaic_gpu import chunked_prepare as prepare
+from jax_power.mosaic_gpu import compat
+from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
+from jax_power.mosaic_gpu.chunked_stage import moments as moments_of
+from jax_power.mosaic_gpu.chunked_stage import stage
+from jax_power.mosaic_gpu.chunked_update import BLOCK, COLUMNS, ROWS, TILE, TILED, WGMMA, update
+
+
+def query_groups(z: Sizes) -> int:
+    """Consumer warpgroups of a block: four share every state tile (PROBE: 681 TFLOP/s with four, 591 with two)."""
+    return 4 if z.padded_d == z.padded_e == 64 else 2
+
+
+# Swizzle of state tiles: a product's depth is a multiple of its width, here the 16 features of a block.
+NARROW = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))
+REGISTERS = {
+    4: (112, 32),
+    3: (160, 32),
+    2: (232, 40),
+}  # of consumers and producer; what five, four and three warpgroups can share
+
+
+def state_tiles(d: int) -> list[tuple[int, int, int]]:
+    """Per block b of features: width d − 16 b of its matrices, how many of them make a tile of at most d rows, and how
+    many tiles.
+    """
+    widths = [d - BLOCK * b for b in range(d // BLOCK)]
+    together = [max(n for n in (1, 2, 4, 8) if n * w <= d) for w in widths]
+    return [(w, n, BLOCK // n) for w, n in zip(widths, together, strict=True)]
+
+
+def load_fragments(ref: Any) -> Array:
+    """A tile that lies transposed in shared memory as the left operand of a product."""
+    return plgpu.layout_cast(compat.load(plgpu.transpose_ref(ref, (1, 0)), plgpu.Layout.WGMMA_TRANSPOSED), WGMMA)
+
+
+def decay_on_diagonal(prefix_rows: Array, prefix_columns: Array, *, rows_first: bool = True) -> Array:
+    """2^(prefix_i − prefix_j) for j ≤ i on a square tile, else 0; queries i are its rows, or its columns."""
+    shape = (TILE, TILE)
+    row, column = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WGMMA) for axis in (0, 1))
+    difference = lax.broadcast_in_dim(prefix_rows, shape, [0]) - lax.broadcast_in_dim(prefix_columns, shape, [1])
+    if not rows_first:
+        return jnp.where(row <= column, jnp.exp2(-difference), 0.0)
+    return jnp.where(column <= row, jnp.exp2(difference), 0.0)
+
+
+def query(
+    z: Sizes,
+    q: Array,
+    keys: Keys,
+    gates: Gates,
+    states: tuple[Array, ...],
+    moments: Array | None,
+    state_row: Array | None,
+    moment_row: Array | None,
+    finish: Array,
+    *,
+    normalize: bool,
+    first_chunk_has_state: bool,
+    out_dtype: Any,
+) -> tuple[Array, Array]:
+    """y `[b, padded t, h_q, padded e]` in `out_dtype` and norm `[b · h_q, padded t]` (den above).
+
+    Args:
+      q: q^ᵀ, float16 `[b · h_q, d, t]`.
+      states, moments: before every chunk, float16; none at all if the call is one chunk from nothing.
+      state_row, moment_row: what the products with state and moments are multiplied by, float32 `[h, t]`.
+      finish: last factor on y, float32: `[h_q]` with `normalize` (2^−ν), else `[h_q, t]`.
+    """
+    d, e, groups = z.padded_d, z.padded_e, query_groups(z)
+    rows, score = groups * TILE, 2.0**z.score_exponent
+    blocks, has_states = z.chunk // rows, len(states) > 0
+    tables = state_tiles(d) if has_states else []
+    stages, key_stages = (6, 3) if d == e == 64 else (3 if d + e < 256 else 2, 2)
+    registers, direct = REGISTERS[groups], d == e == 128  # which leaves no shared memory to gather whole rows of y in
+    states = tuple(x.reshape(z.chunks, z.heads, -1, e) for x in states)
+
+    def query_kernel(q_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
+        prefix_gmem, decay_gmem, total_gmem, finish_gmem, *others = refs
+        if has_states:
+            moments_gmem, state_row_gmem, moment_row_gmem, *others = others
+        states_gmem, (y_gmem, norm_gmem, scratch) = others[: len(tables)], others[len(tables) :]
+        q_smem, factors_smem, vectors_smem, state_smem, k_smem, v_smem, decay_smem, *rest = scratch
+        rows_full, state_full, state_empty, keys_full, keys_empty = rest[-5:]
+        # Where the head sizes let them, y leaves through the queries and the moments arrive in the first state slot.
+        y_smem, moments_smem = (q_smem, state_smem.at[0]) if d == e else rest[:2]
+        item, thread = lax.axis_index("item"), lax.axis_index("warpgroup")
+        chunk, block = lax.rem(item, jnp.int32(z.chunks)), lax.div(item, jnp.int32(z.chunks))
+        q_head, block = lax.div(block, jnp.int32(blocks)), blocks - 1 - lax.rem(block, jnp.int32(blocks))
+        batch, own_head = lax.div(q_head, jnp.int32(z.h_q)), lax.rem(q_head, jnp.int32(z.h_q))
+        head = batch * z.h_kv + lax.div(own_head, jnp.int32(z.group))
+        with_state = True if first_chunk_has_state else chunk > 0
+
+        def count(tiles: int) -> Any:
+            return tiles if with_state is True else jnp.where(with_state, tiles, 0)
+
+        @pl.when(thread < groups)
+        def _consume() -> None:
+            plgpu.set_max_registers(registers[0], action="increase")
+            own_tile = block * groups + thread
+            token = chunk * z.chunk + own_tile * TILE
+            here, mine = pl.ds(token, TILE), rows_full.at[thread]
+            plgpu.copy_gmem_to_smem(q_gmem.at[q_head, :, here], q_smem.at[thread], mine)
+            plgpu.copy_gmem_to_smem(prefix_gmem.at[head, here], vectors_smem.at[thread, 0], mine)
+            if has_states:
+                plgpu.copy_gmem_to_smem(q_gmem.at[q_head, :, here], factors_smem.at[thread], mine)
+                plgpu.copy_gmem_to_smem(state_row_gmem.at[head, here], vectors_smem.at[thread, 1], mine)
+                plgpu.copy_gmem_to_smem(moment_row_gmem.at[head, here], vectors_smem.at[thread, 2], mine)
+            plgpu.barrier_wait(mine)
+
+            def row_vector(n: int) -> Array:
+                return compat.load(vectors_smem.at[thread, n], ROWS)
+
+            def spread(x: Array, width: int) -> Array:
+                return lax.broadcast_in_dim(x, (TILE, width), [0])
+
+            def query_moments() -> Array:
+                """q^ᵀ M q^ of each row."""
+                q = load_fragments(q_smem.at[thread])
+                plgpu.barrier_wait(state_full.at[0])
+
+                def product(acc: Any) -> Array:
+                    plgpu.wgmma(acc, q, moments_smem)
+                    return acc[...]
+
+                qm = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, d), jnp.float32))
+                plgpu.barrier_arrive(state_empty.at[0])
+                return (qm * q.astype(jnp.float32)).sum(axis=1)
+
+            def query_state(acc: Any) -> Array:
+                """ψ(q^) S: products over pairs (a, j), those with j in a later block than a twice, as (j, a) is not in the
+                state.
+                """
+                q = load_fragments(q_smem.at[thread])
+                column = plgpu.broadcasted_iota(jnp.int32, (TILE, d), 1, layout=WGMMA)
+                start = 1
+                for b, (width, together, tiles) in enumerate(tables):
+                    doubled = jnp.where(column >= BLOCK * (b + 1), q + q, q)
+                    doubled = lax.slice(doubled, (0, BLOCK * b), (TILE, d))
+
+                    def add_tile(i: Any, _: None, doubled: Array = doubled, b: int = b, start: int = start) -> None:
+                        width, together = tables[b][:2]
+                        slot = lax.rem(start + i, jnp.int32(stages))
+                        features = [BLOCK * b + i * together + n for n in range(together)]
+                        factors = [compat.load(factors_smem.at[thread, a], ROWS) for a in features]
+                        operands = [doubled * spread(x, width) for x in factors]
+                        plgpu.barrier_wait(state_full.at[slot])
+                        for n, a in enumerate(operands):
+                            plgpu.wgmma(acc, a, state_smem.at[slot, pl.ds(n * width, width)])
+                        # Drained, while the other warpgroups make their operands: four of them leave no registers for operands
+                        # in flight (ptxas then serialises every instruction, C7512).
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(state_empty.at[slot])
+
+                    lax.fori_loop(0, count(tiles), add_tile, None)
+                    start += tiles
+                return acc[...]
+
+            if has_states:
+                den = query_moments() * row_vector(2)
+                acc = pl.run_scoped(query_state, plgpu.WGMMAAccumulatorRef((TILE, e), jnp.float32)) * spread(row_vector(1), e)
+            else:
+                den = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS)
+                acc = plgpu.layout_cast(jnp.zeros((TILE, e), jnp.float32), WGMMA)
+
+            def scores(slot: Any) -> Array:
+                def product(s: Any) -> Array:
+                    plgpu.wgmma(s, plgpu.transpose_ref(q_smem.at[thread], (1, 0)), k_smem.at[slot])
+                    return s[...]
+
+                return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32))
+
+            def add_values(acc: Array, p: Array, slot: Any) -> Array:
+                def product(acc: Any) -> None:
+                    plgpu.wgmma(acc, p.astype(jnp.float16), plgpu.transpose_ref(v_smem.at[slot], (1, 0)))
+
+                return pl.run_state(product)(plgpu.WGMMAAccumulatorRef.init(acc))
+
+            last_tile = block * groups + (groups - 1)
+
+            def slot_of(tile: Any) -> Any:
+                return lax.rem(last_tile - tile, jnp.int32(key_stages))
+
+            @pl.loop(0, last_tile - own_tile)
+            def _skip(i: Any) -> None:  # keys after all of this warpgroup's rows
+                slot = lax.rem(i, jnp.int32(key_stages))
+                plgpu.barrier_wait(keys_full.at[slot])
+                plgpu.barrier_arrive(keys_empty.at[slot])
+
+            slot = slot_of(own_tile)
+            plgpu.barrier_wait(keys_full.at[slot])
+            prefix = row_vector(0)
+            p = scores(slot)
+            p = p * p * score * decay_on_diagonal(prefix, compat.load(vectors_smem.at[thread, 0], COLUMNS))
+            den = den + p.sum(axis=1)
+            # Lifts a row's P into float16's range when all of it is small (few keys since a strong gate, none of them along
+            # the query): near 1 / den, as known after the diagonal tile. Earlier keys are at least 2^prefix down, which bounds
+            # the lift.
+            most = jnp.exp2(jnp.minimum(jnp.where(own_tile == 0, 120.0, 0.0) - prefix, 120.0))
+            lift = jnp.minimum(jnp.maximum(1.0 / jnp.maximum(den, 2.0**-120), 1.0), most)
+            lift = jnp.where(den > 0.0, lift, 1.0)
+            acc, den = acc * spread(lift, e), den * lift
+            acc = add_values(acc, p * spread(lift, TILE), slot)
+            plgpu.barrier_arrive(keys_empty.at[slot])
+
+            def earlier_tile(i: Any, carry: Any) -> Any:
+                acc, den, reach = carry
+                tile = own_tile - 1 - i
+                slot = slot_of(tile)
+                plgpu.barrier_wait(keys_full.at[slot])
+                p = scores(slot)
+                p = (
+                    p
+                    * p
+                    * (spread(reach, TILE) * lax.broadcast_in_dim(compat.load(decay_smem.at[slot], COLUMNS), (TILE, TILE), [1]))
+                )
+                den = den + p.sum(axis=1)
+                acc = add_values(acc, p, slot)
+                plgpu.barrier_arrive(keys_empty.at[slot])
+                return acc, den, reach * total_gmem[head, chunk * z.chunk_tiles + tile]
+
+            reach = jnp.exp2(prefix) * (score * lift)
+            acc, den, _ = lax.fori_loop(0, own_tile, earlier_tile, (acc, den, reach))
+
+            if normalize:
+                factor = jnp.where(den > 0.0, finish_gmem[q_head] / jnp.maximum(den, 2.0**-120), 0.0)
+            else:
+                factor = compat.load(finish_gmem.at[q_head, here], ROWS, optimized=False) / lift
+            vectors_smem.at[thread, 1][...] = den / lift
+            y = lax.bitcast_convert_type((acc * spread(factor, e)).astype(out_dtype), jnp.float16)
+            if direct:
+                y_gmem.at[batch, here, own_head][...] = y
+                plgpu.commit_smem()
+            else:
+                y_smem.at[thread][...] = y
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(y_smem.at[thread], y_gmem.at[batch, here, own_head])
+            plgpu.copy_smem_to_gmem(vectors_smem.at[thread, 1], norm_gmem.at[q_head, here])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(thread == groups)
+        def _load() -> None:
+            plgpu.set_max_registers(registers[1], action="decrease")
+            last_tile = block * groups + (groups - 1)
+            first_token = chunk * z.chunk
+
+            def load_keys(i: Any) -> None:
+                slot, token = lax.rem(i, jnp.int32(key_stages)), pl.ds(first_token + (last_tile - i) * TILE, TILE)
+                plgpu.copy_gmem_to_smem(k_gmem.at[head, :, token], k_smem.at[slot], keys_full.at[slot])
+                plgpu.copy_gmem_to_smem(v_gmem.at[head, :, token], v_smem.at[slot], keys_full.at[slot])
+                plgpu.copy_gmem_to_smem(decay_gmem.at[head, token], decay_smem.at[slot], keys_full.at[slot])
+
+            if has_states:
+                plgpu.copy_gmem_to_smem(moments_gmem.at[head, chunk], moments_smem, state_full.at[0])
+            first_keys = min(key_stages, groups)
+            for i in range(first_keys):
+                load_keys(jnp.int32(i))
+            start = 1
+            for b, (width, together, tiles) in enumerate(tables):
+                rows_b = width * together
+
+                def load_state(i: Any, _: None, b: int = b, rows_b: int = rows_b, start: int = start) -> None:
+                    tile = start + i
+                    slot = lax.rem(tile, jnp.int32(stages))
+                    pl.when(tile >= stages)(lambda: plgpu.barrier_wait(state_empty.at[slot]))
+                    source, target = (
+                        states_gmem[b].at[chunk, head, pl.ds(i * rows_b, rows_b)],
+                        state_smem.at[slot, pl.ds(0, rows_b)],
+                    )
+                    plgpu.copy_gmem_to_smem(source, target, state_full.at[slot])
+
+                lax.fori_loop(0, count(tiles), load_state, None)
+                start += tiles
+
+            @pl.loop(first_keys, last_tile + 1)
+            def _(i: Any) -> None:
+                pl.when(i >= key_stages)(lambda: plgpu.barrier_wait(keys_empty.at[lax.rem(i, jnp.int32(key_stages))]))
+                load_keys(i)
+
+    arrays: list[Any] = [q, keys.k, keys.v, gates.tile_prefix, gates.tile_decay, gates.tile_total, finish]
+    if has_states:
+        arrays += [moments, state_row, moment_row, *states]
+    apart = [plgpu.SMEM((groups, TILE, e), jnp.float16, transforms=TILED), plgpu.SMEM((d, d), jnp.float16, transforms=NARROW)]
+    apart = [] if d == e else apart
+    run = compat.kernel(
+        query_kernel,
+        out_type=[
+            jax.ShapeDtypeStruct((z.b, z.tokens, z.h_q, e), jnp.float16),
+            jax.ShapeDtypeStruct((z.q_heads, z.tokens), jnp.float32),
+        ],
+        scratch_types=[
+            (
+                plgpu.SMEM((groups, d, TILE), jnp.float16, transforms=TILED),
+                plgpu.SMEM((groups, d, TILE), jnp.float16),
+                plgpu.SMEM((groups, 3, TILE), jnp.float32),
+                plgpu.SMEM((stages, d, e), jnp.float16, transforms=NARROW),
+                plgpu.SMEM((key_stages, d, TILE), jnp.float16, transforms=TILED),
+                plgpu.SMEM((key_stages, e, TILE), jnp.float16, transforms=TILED),
+                plgpu.SMEM((key_stages, TILE), jnp.float32),
+                *apart,
+                plgpu.Barrier(num_arrivals=5 if has_states else 2, num_barriers=groups),
+                plgpu.Barrier(num_barriers=stages),
+                plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+                plgpu.Barrier(num_arrivals=3, num_barriers=key_stages),
+                plgpu.Barrier(num_arrivals=groups, num_barriers=key_stages),
+            )
+        ],
+        grid=(z.chunks * blocks * z.q_heads,),
+        grid_names=("item",),
+        num_threads=groups + 1,
+        thread_name="warpgroup",
+    )
+    y, norm = run(*arrays)
+    return lax.bitcast_convert_type(y, out_dtype), norm
+
+
+class States(NamedTuple):
+    """What queries read: states and moments before every chunk, float16, and what undoes their units `[h, chunks]`; the
+    last ones.
+    """
+
+    states: tuple[Array, ...]
+    moments: Array
+    state_unit: Array
+    moment_unit: Array
+    last: tuple[Array, ...] | None
+    last_moments: Array
+
+
+def update_states(
+    z: Sizes, keys: Keys, gates: Gates, s0: Array | None, z0: Array | None, *, whole: bool = False, want_last: bool = False
+) -> States:
+    """The states before every chunk from keys and values; s0 and z0 as `prepare.to_square` leaves them, in scaled units."""
+    weight = gates.chunk_decay.reshape(z.heads, z.chunks, z.chunk).sum(2)
+    bits = 2 * prepare.K_RANGE + prepare.V_RANGE
+    first = None if s0 is None else jnp.max(jnp.abs(s0), (1, 2, 3)) * 2.0**-bits
+    state_bound, _ = prepare.scan_chunks(gates.chunk_sum, weight, first)
+    of_chunks = moments_of(keys.weighted, keys.k, chunk=z.chunk, group=1)
+    moments, last_moments = prepare.scan_chunks(gates.chunk_sum, of_chunks, z0)
+    first = None if z0 is None else jnp.max(jnp.abs(z0), (1, 2)) * 2.0 ** (-2 * prepare.K_RANGE)
+    moment_bound, _ = prepare.scan_chunks(gates.chunk_sum, weight, first)
+    state_factor = prepare.state_factor(state_bound, bits)
+    moment_factor = prepare.state_factor(moment_bound, 2 * prepare.K_RANGE)
+    states, last = update(
+        keys.weighted, keys.k, keys.v, jnp.exp2(gates.chunk_sum), state_factor,
+        None if s0 is None else prepare.to_blocks(z, s0),
+        chunk_tiles=z.chunk_tiles, group=1, reverse=False, whole=whole, want_last=want_last,
+    )  # fmt: skip
+    moments = (moments * moment_factor[..., None, None]).astype(jnp.float16)
+    return States(states, moments, 1.0 / state_factor, 1.0 / moment_factor, last, last_moments)
+
+
+def scaled_first(z: Sizes, keys: Keys, s0: Array | None, z0: Array | None) -> tuple[Array | None, Array | None]:
+    """The initial state as symmetric moments in the units of k^ and v^: `[h, a, j, e]` and `[h, a, j]`."""
+    if s0 is None or z0 is None:
+        return None, None
+    of_k, of_v = prepare.power_of_two(2 * keys.k_exponent), prepare.power_of_two(keys.v_exponent)
+    s = prepare.to_square(z, s0.reshape(z.heads, -1, z.e)) * (of_k * of_v)[:, None, None, None]
+    return s, prepare.to_square(z, z0.reshape(z.heads, -1, 1))[..., 0] * of_k[:, None, None]
+
+
+def forward(
+    call: spec.PowerCall, q: Array, k: Array, v: Array, log_g: Array | None, s0: Array | None, z0: Array | None
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """y `[b, t, h_q, e]` in the dtype of v, norm `[b, t, h_q]` in units of its own, and the last state if the call returns
+    it.
+    """
+    z = prepare.sizes_of(call)
+    gates = prepare.sum_gates(z, log_g)
+    keys = prepare.prepare_keys(z, k, v, gates)
+    q_factor = prepare.rows_of(z, prepare.row_factor(q))
+    (queries,) = stage(prepare.fill_up(z, q, z.padded_d), q_factor)
+    first_s, first_z = scaled_first(z, keys, s0, z0)
+    spreads = z.chunks > 1 or s0 is not None
+    held = (
+        update_states(z, keys, gates, first_s, first_z, want_last=call.return_state) if spreads or call.return_state else None
+    )
+    rows: dict[str, Any] = {"states": (), "moments": None, "state_row": None, "moment_row": None}
+    if spreads and held is not None:
+        reach = jnp.exp2(gates.chunk_prefix) * 2.0**z.score_exponent
+        units = [jnp.repeat(unit, z.chunk, axis=1) for unit in (held.state_unit, held.moment_unit)]
+        rows = {"states": held.states, "moments": held.moments, "state_row": reach * units[0], "moment_row": reach * units[1]}
+    finish = jnp.repeat(prepare.power_of_two(-keys.v_exponent), z.group)
+    if not call.normalize:
+        of_k = jnp.repeat(prepare.power_of_two(-2 * keys.k_exponent), z.group) * call.scale**2 * 2.0**-z.score_exponent
+        finish = (finish * of_k)[:, None] / jnp.where(q_factor > 0, q_factor, 1.0) ** 2
+    y, norm = query(
+        z, queries, keys, gates, **rows, finish=finish, normalize=call.normalize,
+        first_chunk_has_state=s0 is not None, out_dtype=v.dtype,
+    )  # fmt: skip
+    norm = jnp.moveaxis(norm.reshape(z.b, z.h_q, -1)[..., : z.t], 1, 2)
+    y = y[:, : z.t, :, : z.e]
+    if not call.return_state or held is None:
+        return y, norm, None, None
+    return y, norm, *last_state(z, keys, gates, held, s0, z0)
+
+
+def last_state(z: Sizes, keys: Keys, gates: Gates, held: States, s0: Array | None, z0: Array | None) -> tuple[Array, Array]:
+    """The public state after the last token. Of an initial state, moments kept the half that is symmetric inside a tile's
+    own block.
+    """
+    of_k, of_v = prepare.power_of_two(-2 * keys.k_exponent), prepare.power_of_two(-keys.v_exponent)
+    assert held.last is not None
+    s = prepare.from_blocks(z, held.last) * (of_k * of_v)[:, None, None]
+    moments = prepare.from_square(z, held.last_moments[..., None])[..., 0] * of_k[:, None]
+    if s0 is not None and z0 is not None:
+        across = jnp.exp2(gates.chunk_sum.sum(1))[:, None]
+        s0, z0 = s0.reshape(s.shape), z0.reshape(moments.shape)
+        s = s + across[..., None] * (s0 - prepare.from_square(z, prepare.to_square(z, s0)))
+        moments = moments + across * (z0 - prepare.from_square(z, prepare.to_square(z, z0[..., None]))[..., 0])
+    return s.reshape(z.b, z.h_kv, -1, z.e), moments.reshape(z.b, z.h_kv, -1)

@@ -1,0 +1,296 @@
+"""dk and dv of the chunked form in Pallas, for a block of keys, through the state gradient behind the chunk and through the
+chunk.
+
+Through the state gradient dS (symmetric, as S): dv = φ(k) dS and dk = 2 Σ_a k[a] (dS[a] v), both with left operands made in
+registers, K^ · k^[a] and V^ · k^[a], from one tile dS[a]. A block takes 64 · groups keys of a chunk of one key-value head, one
+consumer warpgroup 64 of them:
+  1. moments: K^ dM;      2. state: for each a, dv += (K^ · k^[a]) dS[a], dk += (V^ · k^[a]) dS[a]ᵀ;      3. from both dk^, dv^;
+  4. every query head of the group, query tiles from the diagonal on: Sᵀ = K^ Q~ᵀ, V^ Dᵀ, and from both P/den and ds~ in
+     registers:
+     dv^ += P/den D,  dk^ += ds~ Q~.
+One more warpgroup loads. Shared memory: k^ and v^ transposed, a ring of state tiles, one of q~ and D tiles with their row
+factors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jax_power.mosaic_gpu import compat
+from jax_power.mosaic_gpu.chunked_fwd import NARROW, decay_on_diagonal, load_fragments
+from jax_power.mosaic_gpu.chunked_gradient_q import HALF_MAX, gradient_groups, load_matrices
+from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
+from jax_power.mosaic_gpu.chunked_update import BLOCK, COLUMNS, ROWS, TILE, TILED, WGMMA
+
+
+class KeyRows(NamedTuple):
+    """Per key-value head and token, float32 `[h, t]`: what the products with state gradient and its moments are multiplied
+    by.
+    """
+
+    dk_state: Array
+    dk_moment: Array
+    dv_state: Array
+
+
+class QueryColumns(NamedTuple):
+    """Per query head and token, float32 `[b · h_q, t]`: h, h 2^(tile_prefix) and ΔD."""
+
+    h: Array
+    h_decayed: Array
+    mean: Array
+
+
+def gradient_kv(
+    z: Sizes,
+    q: Array,
+    dy: Array,
+    keys: Keys,
+    gates: Gates,
+    rows: KeyRows,
+    columns: QueryColumns,
+    states: Array | None,
+    moments: Array | None,
+    finish: Array,
+    *,
+    last_chunk_has_state: bool,
+    p_scale: float,
+    ds_scale: float,
+    out_dtype: Any,
+) -> tuple[Array, Array, Array, Array]:
+    """dk, dv `[b, padded t, h_kv, padded size]` in `out_dtype`; ½ <k^, dk^> and its part through the state, float32 `[h, t]`.
+
+    Args:
+      q, dy: q~ᵀ and Dᵀ, float16 `[b · h_q, feature, t]`.
+      states, moments: of the gradient, behind every chunk, float16; none if nothing comes from behind the only chunk.
+      finish: from dk^ and dv^ to dk and dv, float32 `[2, h]`.
+    """
+    d, e, groups = z.padded_d, z.padded_e, gradient_groups(z)
+    blocks, has_states = z.chunk // (groups * TILE), states is not None
+    stages, query_stages = (6, 3) if d == e == 64 else (2, 2)
+    feature_blocks = d // BLOCK
+    direct = d + e > 128  # wide heads leave no shared memory to gather whole rows of the results in
+    vectors = [gates.tile_prefix, gates.tile_decay, *(rows if has_states else ())]
+
+    def gradient_kv_kernel(q_gmem: Any, dy_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
+        h_gmem, h_decayed_gmem, mean_gmem, total_gmem, finish_gmem, *inputs = refs
+        vectors_gmem = inputs[: len(vectors)]
+        held: Any = inputs[len(vectors) : len(vectors) + 2] if has_states else (None, None)
+        states_gmem, moments_gmem = held
+        dk_gmem, dv_gmem, all_gmem, part_gmem, scratch = inputs[-5:]
+        k_smem, v_smem, factors_smem, vectors_smem, state_smem, q_smem, dy_smem, columns_smem, *others = scratch
+        rows_full, state_full, state_empty, queries_full, queries_empty = others[-5:]
+        results_smem = others[1:-5] if has_states else others[:-5]
+        item, thread = lax.axis_index("item"), lax.axis_index("warpgroup")
+        chunk, rest = lax.rem(item, jnp.int32(z.chunks)), lax.div(item, jnp.int32(z.chunks))
+        block, head = lax.rem(rest, jnp.int32(blocks)), lax.div(rest, jnp.int32(blocks))
+        batch, own_head = lax.div(head, jnp.int32(z.h_kv)), lax.rem(head, jnp.int32(z.h_kv))
+        first_tile = block * groups
+        members = BLOCK if last_chunk_has_state else jnp.where(chunk < z.chunks - 1, BLOCK, 0)
+        query_tiles = z.chunk_tiles - first_tile  # of each query head, from this block's first tile on
+        queries = z.group * query_tiles
+
+        @pl.when(thread < groups)
+        def _consume() -> None:
+            plgpu.set_max_registers(232, action="increase")
+            own_tile = first_tile + thread
+            here, mine = pl.ds(chunk * z.chunk + own_tile * TILE, TILE), rows_full.at[thread]
+            plgpu.copy_gmem_to_smem(k_gmem.at[head, :, here], k_smem.at[thread], mine)
+            plgpu.copy_gmem_to_smem(v_gmem.at[head, :, here], v_smem.at[thread], mine)
+            for n, vector in enumerate(vectors_gmem):
+                plgpu.copy_gmem_to_smem(vector.at[head, here], vectors_smem.at[thread, n], mine)
+            if has_states:
+                plgpu.copy_gmem_to_smem(k_gmem.at[head, :, here], factors_smem.at[thread], mine)
+                plgpu.copy_gmem_to_smem(moments_gmem.at[head, chunk], others[0].at[thread], mine)
+            plgpu.barrier_wait(mine)
+            prefix, to_end, *through = (compat.load(vectors_smem.at[thread, n], ROWS) for n in range(len(vectors)))
+
+            def spread(x: Array, width: int = TILE) -> Array:
+                return lax.broadcast_in_dim(x, (TILE, width), [0])
+
+            def row_products(x: Array) -> Array:
+                """<k^, x> of each row."""
+                return (load_fragments(k_smem.at[thread]).astype(jnp.float32) * x).sum(axis=1)
+
+            def products_with_states(accs: Any) -> None:
+                k, v = load_fragments(k_smem.at[thread]), load_fragments(v_smem.at[thread])
+                column = plgpu.broadcasted_iota(jnp.int32, (TILE, d), 1, layout=WGMMA)
+                for b in range(feature_blocks):
+                    doubled = lax.slice(jnp.where(column >= BLOCK * (b + 1), k + k, k), (0, BLOCK * b), (TILE, d))
+
+                    def add_matrix(i: Any, _: None, doubled: Array = doubled, b: int = b) -> None:
+                        feature = BLOCK * b + i
+                        slot = lax.rem(feature, jnp.int32(stages))
+                        factor = compat.load(factors_smem.at[thread, feature], ROWS)
+                        of_k, of_v = doubled * spread(factor, d - BLOCK * b), v * spread(factor, e)
+                        plgpu.barrier_wait(state_full.at[slot])
+                        plgpu.wgmma(accs[0], of_v, plgpu.transpose_ref(state_smem.at[slot], (1, 0)))
+                        state = state_smem.at[slot] if b == 0 else state_smem.at[slot, pl.ds(BLOCK * b, d - BLOCK * b)]
+                        plgpu.wgmma(accs[1], of_k, state)
+                        plgpu.wgmma_wait(
+                            0
+                        )  # drained, while the other warpgroup makes its operands: in flight they spill registers
+                        plgpu.barrier_arrive(state_empty.at[slot])
+
+                    lax.fori_loop(0, members, add_matrix, None)
+
+            dk = plgpu.layout_cast(jnp.zeros((TILE, d), jnp.float32), WGMMA)
+            dv = plgpu.layout_cast(jnp.zeros((TILE, e), jnp.float32), WGMMA)
+            if has_states:
+
+                def product(acc: Any) -> Array:
+                    plgpu.wgmma(acc, load_fragments(k_smem.at[thread]), others[0].at[thread])
+                    return acc[...]
+
+                dk_state, dk_moment, dv_state = through
+                km = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, d), jnp.float32))
+                dk, dv = pl.run_state(products_with_states)(
+                    (plgpu.WGMMAAccumulatorRef.init(dk), plgpu.WGMMAAccumulatorRef.init(dv))
+                )
+                dk, dv = dk * spread(dk_state, d) + km * spread(dk_moment, d), dv * spread(dv_state, e)
+                part = row_products(dk)
+            else:
+                part = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS)
+
+            def products(slot: Any) -> tuple[Array, Array]:
+                """Scores and <v^, D> of this warpgroup's keys with a tile of queries."""
+
+                def both(accs: Any) -> None:
+                    plgpu.wgmma(accs[0], plgpu.transpose_ref(k_smem.at[thread], (1, 0)), q_smem.at[slot])
+                    plgpu.wgmma(accs[1], plgpu.transpose_ref(v_smem.at[thread], (1, 0)), dy_smem.at[slot])
+
+                zeros = plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), WGMMA)
+                return pl.run_state(both)((plgpu.WGMMAAccumulatorRef.init(zeros), plgpu.WGMMAAccumulatorRef.init(zeros)))
+
+            def add_queries(dk: Array, dv: Array, ds: Array, p: Array, slot: Any) -> tuple[Array, Array]:
+                def both(accs: Any) -> None:
+                    plgpu.wgmma(accs[0], ds.astype(jnp.float16), plgpu.transpose_ref(q_smem.at[slot], (1, 0)))
+                    plgpu.wgmma(accs[1], p.astype(jnp.float16), plgpu.transpose_ref(dy_smem.at[slot], (1, 0)))
+
+                return pl.run_state(both)((plgpu.WGMMAAccumulatorRef.init(dk), plgpu.WGMMAAccumulatorRef.init(dv)))
+
+            def column(slot: Any, n: int) -> Array:
+                return lax.broadcast_in_dim(compat.load(columns_smem.at[slot, n], COLUMNS), (TILE, TILE), [1])
+
+            to_ds = 2.0 * ds_scale / p_scale
+
+            def head_tiles(member: Any, carry: Any) -> Any:
+                dk, dv = carry
+                first = member * query_tiles
+
+                @pl.loop(0, own_tile - first_tile)
+                def _skip(i: Any) -> None:  # queries before all of this warpgroup's keys
+                    slot = lax.rem(first + i, jnp.int32(query_stages))
+                    plgpu.barrier_wait(queries_full.at[slot])
+                    plgpu.barrier_arrive(queries_empty.at[slot])
+
+                slot = lax.rem(first + own_tile - first_tile, jnp.int32(query_stages))
+                plgpu.barrier_wait(queries_full.at[slot])
+                s, dp = products(slot)
+                of_query = compat.load(vectors_smem.at[thread, 0], COLUMNS)
+                x = s * column(slot, 0) * decay_on_diagonal(prefix, of_query, rows_first=False) * p_scale
+                ds = jnp.maximum(jnp.minimum(x * (dp - column(slot, 2)) * to_ds, HALF_MAX), -HALF_MAX)
+                dk, dv = add_queries(dk, dv, ds, x * s, slot)
+                plgpu.barrier_arrive(queries_empty.at[slot])
+
+                def later_tile(tile: Any, carry: Any) -> Any:
+                    dk, dv, reach = carry
+                    slot = lax.rem(first + tile - first_tile, jnp.int32(query_stages))
+                    plgpu.barrier_wait(queries_full.at[slot])
+                    s, dp = products(slot)
+                    x = s * (column(slot, 1) * spread(reach))
+                    dk, dv = add_queries(dk, dv, x * (dp - column(slot, 2)) * to_ds, x * s, slot)
+                    plgpu.barrier_arrive(queries_empty.at[slot])
+                    return dk, dv, reach * total_gmem[head, chunk * z.chunk_tiles + tile]
+
+                dk, dv, _ = lax.fori_loop(own_tile + 1, z.chunk_tiles, later_tile, (dk, dv, to_end * p_scale))
+                return dk, dv
+
+            dk, dv = lax.fori_loop(0, z.group, head_tiles, (dk, dv))
+            vectors_smem.at[thread, 0][...] = 0.5 * row_products(dk)
+            vectors_smem.at[thread, 1][...] = 0.5 * part
+            results = [
+                lax.bitcast_convert_type((x * finish_gmem[n, head]).astype(out_dtype), jnp.float16)
+                for n, x in enumerate((dk, dv))
+            ]
+            results_gmem = [x.at[batch, here, own_head] for x in (dk_gmem, dv_gmem)]
+            for result, result_gmem, result_smem in zip(results, results_gmem, results_smem or (None, None), strict=True):
+                if result_smem is None:
+                    result_gmem[...] = result
+                else:
+                    result_smem.at[thread][...] = result
+            plgpu.commit_smem()
+            for result_gmem, result_smem in zip(results_gmem, results_smem, strict=False):
+                plgpu.copy_smem_to_gmem(result_smem.at[thread], result_gmem)
+            plgpu.copy_smem_to_gmem(vectors_smem.at[thread, 0], all_gmem.at[head, here])
+            plgpu.copy_smem_to_gmem(vectors_smem.at[thread, 1], part_gmem.at[head, here])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(thread == groups)
+        def _load() -> None:
+            plgpu.set_max_registers(40, action="decrease")
+
+            def load_queries(i: Any) -> None:
+                slot = lax.rem(i, jnp.int32(query_stages))
+                q_head = batch * z.h_q + own_head * z.group + lax.div(i, query_tiles)
+                token = pl.ds(chunk * z.chunk + (first_tile + lax.rem(i, query_tiles)) * TILE, TILE)
+                plgpu.copy_gmem_to_smem(q_gmem.at[q_head, :, token], q_smem.at[slot], queries_full.at[slot])
+                plgpu.copy_gmem_to_smem(dy_gmem.at[q_head, :, token], dy_smem.at[slot], queries_full.at[slot])
+                for n, vector in enumerate((h_gmem, h_decayed_gmem, mean_gmem)):
+                    plgpu.copy_gmem_to_smem(vector.at[q_head, token], columns_smem.at[slot, n], queries_full.at[slot])
+
+            first_queries = min(query_stages, groups)  # the last block has `groups` tiles
+            for i in range(first_queries):
+                load_queries(jnp.int32(i))
+            if has_states:
+                features = feature_blocks * members
+                load_matrices(states_gmem.at[chunk, head], features, state_smem, state_full, state_empty)
+
+            @pl.loop(first_queries, queries)
+            def _(i: Any) -> None:
+                pl.when(i >= query_stages)(lambda: plgpu.barrier_wait(queries_empty.at[lax.rem(i, jnp.int32(query_stages))]))
+                load_queries(i)
+
+    arrays = [q, dy, keys.k, keys.v, *columns, gates.tile_total, finish, *vectors]
+    arrays += [states, moments] if has_states else []
+    float_rows = jax.ShapeDtypeStruct((z.heads, z.tokens), jnp.float32)
+    run = compat.kernel(
+        gradient_kv_kernel,
+        out_type=[
+            jax.ShapeDtypeStruct((z.b, z.tokens, z.h_kv, d), jnp.float16),
+            jax.ShapeDtypeStruct((z.b, z.tokens, z.h_kv, e), jnp.float16),
+            float_rows,
+            float_rows,
+        ],
+        scratch_types=[
+            (
+                plgpu.SMEM((groups, d, TILE), jnp.float16, transforms=TILED),
+                plgpu.SMEM((groups, e, TILE), jnp.float16, transforms=TILED),
+                plgpu.SMEM((groups, d, TILE), jnp.float16),
+                plgpu.SMEM((groups, len(vectors), TILE), jnp.float32),
+                plgpu.SMEM((stages, d, e), jnp.float16, transforms=NARROW),
+                plgpu.SMEM((query_stages, d, TILE), jnp.float16, transforms=TILED),
+                plgpu.SMEM((query_stages, e, TILE), jnp.float16, transforms=TILED),
+                plgpu.SMEM((query_stages, 3, TILE), jnp.float32),
+                *([plgpu.SMEM((groups, d, d), jnp.float16, transforms=TILED)] if has_states else []),
+                *([] if direct else [plgpu.SMEM((groups, TILE, width), jnp.float16, transforms=TILED) for width in (d, e)]),
+                plgpu.Barrier(num_arrivals=2 + len(vectors) + 2 * has_states, num_barriers=groups),
+                plgpu.Barrier(num_barriers=stages),
+                plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+                plgpu.Barrier(num_arrivals=5, num_barriers=query_stages),
+                plgpu.Barrier(num_arrivals=groups, num_barriers=query_stages),
+            )
+        ],
+        grid=(z.chunks * blocks * z.heads,),
+        grid_names=("item",),
+        num_threads=groups + 1,
+        thread_name="warpgroup",
+    )
+    dk, dv, all_rows, part = run(*arrays)
+    return lax.bitcast_convert_type(dk, out_dtype), lax.bitcast_convert_type(dv, out_dtype), all_rows, part

@@ -1,0 +1,290 @@
+"""What the kernels of the chunked form start from, in XLA: gate sums, ranges, scaled float16 operands, chunk to chunk scans.
+
+Inside, everything is float16 scaled by powers of two, which is exact for bfloat16 inputs (twin: csrc/power/chunked_layout.cuh):
+q^ = q · 2^a (a per row), k^ = k · 2^κ, v^ = v · 2^ν (κ, ν per key-value head). Time is filled up with zeros to whole chunks,
+head sizes to 64 or 128, and operands of a matrix product lie transposed, [head, feature, token]: tokens are what most products
+sum over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from bridge import spec
+from jax_power.mosaic_gpu.chunked_stage import stage
+from jax_power.mosaic_gpu.chunked_update import BLOCK, TILE
+
+# Ranges of the scaled operands, as powers of two: |q^| < 2^Q_RANGE (each row on its own), |k^| < 2^K_RANGE, |v^| < 2^V_RANGE
+# (each per key-value head). k is put high because it enters squared: a key 2^10 smaller than the largest still has normal
+# features.
+Q_RANGE, K_RANGE, V_RANGE, DY_RANGE = 1, 4, 0, 0
+# States are stored below 2^STATE_RANGE, half of float16's range.
+STATE_RANGE = 15
+LOG2_E = 1.4426950408889634
+# Most chunks whose scan is one product with their matrix of decays (a scan by pairs is a dozen launches of microseconds);
+# with more, the matrix would outgrow the states.
+SCAN_LIMIT = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sizes of a call as the kernels see it: batch and heads as one axis, time in chunks of tiles, padded head sizes."""
+
+    b: int
+    t: int
+    h_q: int
+    h_kv: int
+    d: int
+    e: int
+    chunk: int
+
+    @property
+    def group(self) -> int:
+        return self.h_q // self.h_kv
+
+    @property
+    def heads(self) -> int:
+        return self.b * self.h_kv
+
+    @property
+    def q_heads(self) -> int:
+        return self.b * self.h_q
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.t // self.chunk)
+
+    @property
+    def tokens(self) -> int:
+        return self.chunks * self.chunk
+
+    @property
+    def chunk_tiles(self) -> int:
+        return self.chunk // TILE
+
+    @property
+    def padded_d(self) -> int:
+        return 64 if self.d <= 64 else 128
+
+    @property
+    def padded_e(self) -> int:
+        return 64 if self.e <= 64 else 128
+
+    @property
+    def score_exponent(self) -> int:
+        """Squared scores are at most (d · 2^(Q_RANGE + K_RANGE))²; times 2^score_exponent they fit float16 (< 2^15)."""
+        return 15 - 2 * ((6 if self.padded_d == 64 else 7) + Q_RANGE + K_RANGE)
+
+
+def chunk_length(t: int, d: int, e: int) -> int:
+    """Chunk length, by the table of csrc/power/tiles.h: c well under 4·D, and states that fit memory."""
+    if t <= 256:
+        return 256
+    if t <= 1024:
+        return 512  # more chunks: short sequences need blocks to fill the chip
+    if d > 64:
+        return 4096 if t >= 16384 else 1024  # D = 8704: a state is 2.2 MB, 1/4 the memory of 1024
+    return 2048 if e > 64 and t >= 16384 else 1024  # d = 64, t = 65536, 8 heads: 168 MB of states
+
+
+def sizes_of(call: spec.PowerCall) -> Sizes:
+    return Sizes(call.b, call.t, call.h_q, call.h_kv, call.d, call.e, chunk_length(call.t, call.d, call.e))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gates
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Gates(NamedTuple):
+    """Sums of base-2 log gates, float32, per key-value head. None is a difference of long sums: strong decay keeps its digits.
+
+    Fields:
+      tile_prefix: `[h, t]` sum over the tile up to and with the token.
+      tile_decay: `[h, t]` 2^(sum after the token to the tile's end).
+      tile_total: `[h, tiles]` 2^(sum over the tile).
+      chunk_prefix: `[h, t]` sum over the chunk up to and with the token.
+      chunk_decay: `[h, t]` 2^(sum after the token to the chunk's end): a key's weight in the chunk's update.
+      chunk_sum: `[h, chunks]`.
+    """
+
+    tile_prefix: Array
+    tile_decay: Array
+    tile_total: Array
+    chunk_prefix: Array
+    chunk_decay: Array
+    chunk_sum: Array
+
+
+def _partial_sums(x: Array) -> tuple[Array, Array]:
+    """Sums along the last axis up to and with each entry, and after it: products with triangles, in float32 proper."""
+    n = x.shape[-1]
+    triangles = np.concatenate((np.triu(np.ones((n, n))), np.tril(np.ones((n, n)), -1)), 1).astype(np.float32)
+    sums = jnp.matmul(x, triangles, precision=lax.Precision.HIGHEST)
+    return sums[..., :n], sums[..., n:]
+
+
+def sum_gates(z: Sizes, log_g: Array | None) -> Gates:
+    if log_g is None:
+        gates = jnp.zeros((z.heads, z.chunks, z.chunk_tiles, TILE), jnp.float32)
+    else:
+        gates = jnp.moveaxis(log_g, 1, 2).reshape(z.heads, z.t) * LOG2_E
+        gates = jnp.pad(gates, ((0, 0), (0, z.tokens - z.t))).reshape(z.heads, z.chunks, z.chunk_tiles, TILE)
+    prefix, suffix = _partial_sums(gates)
+    total = prefix[..., -1]
+    upto, after = _partial_sums(total)
+    flat = functools.partial(jnp.reshape, shape=(z.heads, z.tokens))
+    return Gates(
+        flat(prefix), flat(jnp.exp2(suffix)), jnp.exp2(total).reshape(z.heads, -1), flat(prefix + (upto - total)[..., None]),
+        flat(jnp.exp2(suffix + after[..., None])), upto[..., -1],
+    )  # fmt: skip
+
+
+def scan_chunks(log_decay: Array, x: Array, first: Array | None, *, reverse: bool = False) -> tuple[Array, Array]:
+    """S ← 2^(log_decay_n) S + x_n: S before every chunk (behind it, if `reverse`) `[h, chunks, …]`, and after all `[h, …]`.
+
+    Decays between chunks are exponentials of their own sums, never ratios.
+    """
+    h, n = log_decay.shape
+    if reverse:
+        log_decay, x = jnp.flip(log_decay, 1), jnp.flip(x, 1)
+    scan = _scan_by_matrix if n <= SCAN_LIMIT else _scan_by_pairs
+    decay, after = scan(log_decay, x.reshape(h, n, -1))
+    start = jnp.zeros_like(after[:, :1]) if first is None else first.reshape(h, 1, -1)
+    if first is not None:
+        after = after + jnp.exp2(decay)[..., None] * start
+    states = jnp.concatenate((start, after), 1).reshape(h, n + 1, *x.shape[2:])
+    before, last = states[:, :-1], states[:, -1]
+    return (jnp.flip(before, 1) if reverse else before), last
+
+
+def _scan_by_matrix(log_decay: Array, x: Array) -> tuple[Array, Array]:
+    """Sums of the log decays up to and with each chunk, and S after it from nothing: `[h, chunks]`, `[h, chunks, n]`."""
+    n = log_decay.shape[1]
+    between = jnp.where(np.tri(n, k=-1, dtype=bool), log_decay[:, :, None], 0.0)  # [h, step, from]: steps after `from`
+    sums = jnp.matmul(np.tri(n, dtype=np.float32), between, precision=lax.Precision.HIGHEST)
+    decay = jnp.where(np.tri(n, dtype=bool), jnp.exp2(sums), 0.0)
+    return _partial_sums(log_decay)[0], jnp.matmul(decay, x, precision=lax.Precision.HIGHEST)
+
+
+def _scan_by_pairs(log_decay: Array, x: Array) -> tuple[Array, Array]:
+    """The same with memory linear in the number of chunks."""
+
+    def combine(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+        return left[0] + right[0], left[1] * jnp.exp2(right[0])[..., None] + right[1]
+
+    return lax.associative_scan(combine, (log_decay, x), axis=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scaled operands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def power_of_two(exponent: Array) -> Array:
+    """2^exponent for an integer exponent, exact."""
+    return jnp.ldexp(jnp.float32(1), exponent)
+
+
+def scaling_exponent(largest: Array, power: int) -> Array:
+    """Integer x with largest · 2^x in [2^(power − 1), 2^power); 0 where `largest` is."""
+    exponent = (lax.bitcast_convert_type(largest, jnp.int32) >> 23) - 127
+    return jnp.where(largest == 0, 0, jnp.clip(power - 1 - exponent, -100, 100))
+
+
+def head_exponent(x: Array, h_kv: int, power: int) -> Array:
+    """Scaling exponent of `[b, t, h, n]`, one for the heads that belong to a key-value head: `[b · h_kv]`."""
+    largest = jnp.max(jnp.abs(x), axis=(1, 3)).astype(jnp.float32)
+    return scaling_exponent(largest.reshape(x.shape[0] * h_kv, -1).max(1), power)
+
+
+def row_factor(x: Array) -> Array:
+    """2^a that brings each row of `[…, n]` into [2^(Q_RANGE − 1), 2^Q_RANGE), `[…]`."""
+    return power_of_two(scaling_exponent(jnp.max(jnp.abs(x), axis=-1).astype(jnp.float32), Q_RANGE))
+
+
+def fill_up(z: Sizes, x: Array, width: int) -> Array:
+    """`[b, t, h, n]` with zeros up to whole chunks and `width` features."""
+    return jnp.pad(x, ((0, 0), (0, z.tokens - z.t), (0, 0), (0, width - x.shape[3])))
+
+
+def rows_of(z: Sizes, x: Array) -> Array:
+    """`[b, t, h]` → `[b · h, padded t]`."""
+    return jnp.pad(jnp.moveaxis(x, 1, 2).reshape(-1, z.t), ((0, 0), (0, z.tokens - z.t)))
+
+
+class Keys(NamedTuple):
+    """k^ᵀ, v^ᵀ, (w k^)ᵀ as float16 `[h, feature, token]`, and the exponents κ and ν `[h]`."""
+
+    k: Array
+    v: Array
+    weighted: Array
+    k_exponent: Array
+    v_exponent: Array
+
+
+def prepare_keys(z: Sizes, k: Array, v: Array, gates: Gates) -> Keys:
+    k_exponent, v_exponent = head_exponent(k, z.h_kv, K_RANGE), head_exponent(v, z.h_kv, V_RANGE)
+    staged, weighted = stage(fill_up(z, k, z.padded_d), power_of_two(k_exponent), gates.chunk_decay)
+    return Keys(staged, stage(fill_up(z, v, z.padded_e), power_of_two(v_exponent))[0], weighted, k_exponent, v_exponent)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# States
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _public_rows(d: int, padded_d: int) -> np.ndarray:
+    """Row of the public state that holds x[a] x[j], `[padded_d, padded_d]`; D, a row of zeros, outside d."""
+    rows = np.full((padded_d, padded_d), spec.state_rows(d, 2))
+    for n, (i, j) in enumerate(spec.tile_tuples(d, 2)):
+        block = n * 64 + np.arange(64).reshape(8, 8)
+        rows[8 * j : 8 * j + 8, 8 * i : 8 * i + 8] = block.T
+        rows[8 * i : 8 * i + 8, 8 * j : 8 * j + 8] = block
+    return rows
+
+
+@functools.cache
+def _moment_rows(d: int, padded_d: int) -> np.ndarray:
+    """The inverse: for each public row the flat index a · padded_d + j."""
+    pairs = spec.tile_tuples(d, 2)
+    a = 8 * pairs[:, 0, None, None] + np.arange(8)[:, None]
+    j = 8 * pairs[:, 1, None, None] + np.arange(8)
+    return (a * padded_d + j).reshape(-1)
+
+
+def to_square(z: Sizes, s: Array) -> Array:
+    """A public state `[h, D, n]` as moments of pairs of features `[h, a, j, n]`, symmetric in a and j."""
+    square = jnp.pad(s, ((0, 0), (0, 1), (0, 0)))[:, _public_rows(z.d, z.padded_d)]
+    return 0.5 * (square + jnp.swapaxes(square, 1, 2))
+
+
+def from_square(z: Sizes, square: Array) -> Array:
+    """The inverse of `to_square` on symmetric moments: `[h, a, j, n]` → `[h, D, n]`."""
+    return square.reshape(square.shape[0], -1, square.shape[3])[:, _moment_rows(z.d, z.padded_d)]
+
+
+def to_blocks(z: Sizes, square: Array) -> tuple[Array, ...]:
+    """`[h, a, j, e]` → what `update` starts from, per block b `[h, 16, e, d − 16 b]`."""
+    square = jnp.pad(square, ((0, 0), (0, 0), (0, 0), (0, z.padded_e - square.shape[3])))
+    blocks = range(0, z.padded_d, BLOCK)
+    return tuple(jnp.swapaxes(square[:, b : b + BLOCK, b:], 2, 3) for b in blocks)
+
+
+def from_blocks(z: Sizes, blocks: tuple[Array, ...]) -> Array:
+    """What `update` ends with as a public state `[h, D, e]`."""
+    whole = [jnp.pad(x, ((0, 0), (0, 0), (0, 0), (z.padded_d - x.shape[3], 0))) for x in blocks]
+    square = jnp.swapaxes(jnp.concatenate(whole, 1), 2, 3)
+    return from_square(z, square)[..., : z.e]
+
+
+def state_factor(bound: Array, bits: int) -> Array:
+    """What brings a state whose entries are below bound · 2^bits into float16's range; 1 where the bound is 0."""
+    return jnp.where(bound > 0, 2.0 ** (STATE_RANGE - bits) / jnp.where(bound > 0, bound, 1.0), 1.0)

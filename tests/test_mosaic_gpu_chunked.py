@@ -1,0 +1,146 @@
+"""The Pallas kernels of the chunked form without a GPU: all lower for CUDA, and with the kernels' formulas in plain JAX in
+their places what is around them matches the float64 oracle.
+
+The products of these kernels take their left operand from registers, which the Mosaic interpreter does not run: `tests/gpu`
+does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bridge import cases, spec
+from jax_power.mosaic_gpu import chunked, chunked_prepare
+from tests import mosaic_gpu_formulas
+
+Case = cases.Case
+
+
+def call_of(case: Case, arrays: dict[str, Any]) -> spec.PowerCall:
+    state = (arrays["s0"], arrays["z0"]) if case.initial_state else None
+    options = {name: getattr(case, name) for name in ("deg", "scale", "causal", "normalize", "return_state")}
+    return spec.check_power(
+        arrays["q"], arrays["k"], arrays["v"], arrays.get("log_g"), **options, form="chunked", initial_state=state
+    )
+
+
+def run(case: Case, arrays: dict[str, Any]) -> dict[str, Any]:
+    """y, the last state and the gradients, by name, from the kernels."""
+    call = call_of(case, arrays)
+    assert chunked.supports(call, "cuda") is None
+    inputs = [None if name not in arrays else jnp.asarray(arrays[name]) for name in ("q", "k", "v", "log_g", "s0", "z0")]
+    y, norm, s, z = chunked.forward(call, *inputs)
+    upstream = [None if name not in arrays else jnp.asarray(arrays[name]) for name in ("dy", "ds", "dz")]
+    grads = chunked.backward(call, *inputs, y, norm, *upstream)
+    results = dict(zip(("y", "s", "z", "dq", "dk", "dv", "dlog_g", "ds0", "dz0"), (y, s, z, *grads), strict=True))
+    return {name: x for name, x in results.items() if x is not None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lowering
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Both padded head sizes, both dtypes, several chunks and one with states, groups, with and without normaliser.
+LOWERED = (
+    ("bfloat16", Case("two_chunks", t=1100, d=64, e=64)),
+    ("float16", Case("states", t=70, h_q=4, d=48, e=64, normalize=False, initial_state=True, return_state=True)),
+    ("bfloat16", Case("wide", t=1100, d=128, e=128)),
+)
+
+
+@pytest.mark.parametrize(("dtype", "case"), LOWERED, ids=lambda x: getattr(x, "name", x))
+def test_lowers_for_cuda(dtype: str, case: Case) -> None:
+    lowered = jax.jit(lambda x: run(case, x)).trace(case.make(dtype)).lower(lowering_platforms=("cuda",))
+    # Forward: three stagings, moments, update, query; backward: four stagings, two each of moments and updates, and both gradients.
+    assert lowered.as_text().count("@mosaic_gpu_v2") == 16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Around the kernels
+# ---------------------------------------------------------------------------------------------------------------------
+
+AROUND = (
+    ("bfloat16", Case("odd_length", t=300, h_q=4, h_kv=2, d=16, e=24)),
+    ("float16", Case("states", b=2, t=150, h_q=2, h_kv=1, d=24, e=16, initial_state=True, return_state=True)),
+    ("float16", Case("not_normalized", t=150, d=16, e=16, normalize=False, initial_state=True, return_state=True)),
+    ("bfloat16", Case("mixed_decay", t=300, d=16, e=16, gates="mixed")),
+)
+
+
+@pytest.mark.parametrize(("dtype", "case"), AROUND, ids=lambda x: getattr(x, "name", x))
+def test_around_the_kernels_matches_oracle(monkeypatch: pytest.MonkeyPatch, dtype: str, case: Case) -> None:
+    mosaic_gpu_formulas.use(monkeypatch)
+    monkeypatch.setattr(chunked_prepare, "chunk_length", lambda t, d, e: 128)
+    arrays = case.make(dtype)
+    got = jax.jit(lambda x: run(case, x))(arrays)
+    found = cases.errors({name: np.asarray(x) for name, x in got.items()}, case.exact(arrays), case, arrays["dy"])
+    cases.assert_within(found, cases.bounds(dtype, "mosaic_gpu", case), case.name)
+
+
+def test_vmap_becomes_part_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    mosaic_gpu_formulas.use(monkeypatch)
+    case = Case("mapped", b=2, t=20, d=8, e=8, h_q=2, h_kv=1)
+    one, two = (case.make("bfloat16", seed) for seed in (0, 1))
+    mapped = {name: name in ("q", "log_g") for name in one}
+    arrays = {name: jnp.stack((one[name], two[name])) if mapped[name] else jnp.asarray(x) for name, x in one.items()}
+    got = jax.jit(jax.vmap(lambda x: run(case, x), in_axes=({name: 0 if mapped[name] else None for name in one},)))(arrays)
+    for n in range(2):
+        want = jax.jit(lambda x: run(case, x))({name: x[n] if mapped[name] else x for name, x in arrays.items()})
+        for name, x in want.items():
+            np.testing.assert_array_equal(np.asarray(got[name][n]), np.asarray(x), err_msg=name)
+
+
+def test_square_moments_are_the_public_state() -> None:
+    """Moments of all pairs of features in, the public rows out, and back: each pair once, symmetric."""
+    z = chunked_prepare.Sizes(1, 1, 1, 1, 24, 8, 256)
+    x = np.random.default_rng(0).standard_normal(64) * (np.arange(64) < 24)
+    square = jnp.asarray(np.outer(x, x)[None, :, :, None], jnp.float32)
+    tiles = spec.tile_tuples(24, 2)
+    want = np.concatenate([np.outer(x[8 * i : 8 * i + 8], x[8 * j : 8 * j + 8]).ravel() for i, j in tiles])
+    public = chunked_prepare.from_square(z, square)
+    np.testing.assert_allclose(public[0, :, 0], want, rtol=1e-6)
+    np.testing.assert_array_equal(chunked_prepare.to_square(z, public), square)
+    blocks = chunked_prepare.to_blocks(z, jnp.repeat(square, 8, axis=3))
+    assert [b.shape for b in blocks] == [(1, 16, 64, 64 - 16 * n) for n in range(4)]
+    np.testing.assert_array_equal(chunked_prepare.from_blocks(z, blocks)[..., 0], public[..., 0])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scans_of_chunks_are_the_recurrence(reverse: bool) -> None:
+    rng = np.random.default_rng(0)
+    log_decay, x, first = -20 * rng.random((2, 7)) ** 4, rng.standard_normal((2, 7, 3)), rng.standard_normal((2, 3))
+    before, state = np.zeros_like(x), first
+    for n in reversed(range(7)) if reverse else range(7):
+        before[:, n], state = state, np.exp2(log_decay[:, n, None]) * state + x[:, n]
+    inputs = [jnp.asarray(y, jnp.float32) for y in (log_decay, x, first)]
+    for limit in (7, 6):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chunked_prepare, "SCAN_LIMIT", limit)
+            got = chunked_prepare.scan_chunks(*inputs, reverse=reverse)
+        np.testing.assert_allclose(got[0], before, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got[1], state, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"deg": 4}, "deg=4"),
+        ({"causal": False}, "causal=False"),
+        ({"dtypes": ("float32",) * 3}, "dtypes float32"),
+        ({"d": 12}, "head size d=12"),
+        ({"e": 256}, "head size e=256"),
+    ],
+)
+def test_says_what_it_lacks(change: dict[str, Any], why: str) -> None:
+    import dataclasses
+
+    case = Case("served", t=8, d=16, e=16)
+    call = call_of(case, case.make("bfloat16"))
+    assert chunked.supports(call, "cuda") is None
+    assert (chunked.supports(dataclasses.replace(call, **change), "cuda") or "").startswith(why)
+    assert (chunked.supports(call, "cpu") or "").startswith("device cpu")
