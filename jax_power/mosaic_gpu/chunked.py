@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from bridge import spec
+from jax_power import platforms
 from jax_power.mosaic_gpu import chunked_bwd, chunked_fwd
 
 
 def supports(call: spec.PowerCall, device: str) -> str | None:
     """None, or why the kernels of the chunked form cannot serve `call`: the argument, and what would work."""
-    if device not in ("gpu", "cuda"):
+    if device != "cuda":
         return f"device {device}: the kernels run on a Hopper GPU; move the arrays there"
     if call.deg != 2:
         return f"deg={call.deg}: the chunked kernels take 2; form='attention' without a state takes 1 to 4"
@@ -31,7 +32,7 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
     for name, size in (("d", call.d), ("e", call.e)):
         if not 8 <= size <= 128 or size % 8:
             return f"head size {name}={size}: the chunked kernels take multiples of 8 up to 128"
-    return None
+    return platforms.not_hopper()
 
 
 def forward(

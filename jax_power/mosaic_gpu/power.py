@@ -13,8 +13,9 @@ from jax import Array
 from bridge import spec
 from jax_power.mosaic_gpu import attention, chunked
 
-# Tokens from which the chunked form is taken, by the head size that kernels pad to: an estimate, twice the crossing that the CUDA twin
-# has measured at d = 64 (9200), since the chunked form loses more to it (forward 1.44 ms against 1.12 at t = 65536) than the attention form.
+# Tokens from which the chunked form is taken, by the head size that kernels pad to. An estimate: twice what the CUDA
+# twin has measured at d = 64 (9200), as the chunked form is further from it (forward 1.44 ms against 1.12 at t = 65536) than
+# the attention form.
 CROSSING = {64: 16_384, 128: 32_768}
 
 
