@@ -56,7 +56,7 @@ LOWERED = (
 @pytest.mark.parametrize(("dtype", "case"), LOWERED, ids=lambda x: getattr(x, "name", x))
 def test_lowers_for_cuda(dtype: str, case: Case) -> None:
     lowered = jax.jit(lambda x: run(case, x)).trace(case.make(dtype)).lower(lowering_platforms=("cuda",))
-    # Forward: three stagings, moments, update, query. Backward: four stagings, two each of moments and updates, both gradients.
+    # Forward: three stagings, moments, update, query; backward: four stagings, two moments, two updates, both gradients.
     assert lowered.as_text().count("@mosaic_gpu_v2") == 16
 
 

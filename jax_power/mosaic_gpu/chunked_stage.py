@@ -1,9 +1,8 @@
 """Staging of the chunked form in Pallas: inputs as scaled, transposed float16 operands, and the moments of every chunk.
 
 stage     x [b, t, h, n] → (x · factor)ᵀ and, if asked for, (x · factor · weight)ᵀ, float16 [b · h, n, t]. Bound by device
-memory: in XLA the
-          conversions, the transposition and the second result were passes of their own (k and v: 0.36 ms against 0.11 at the
-          flagship).
+          memory: in XLA conversion, transposition and the second result were passes of their own (k and v: 0.36 ms at
+          t = 65536, 8 heads of 64).
 moments   Σ over each chunk's tokens of (w x) xᵀ, float32: 64 × 64 products whose operands lie as `stage` left them.
 """
 
