@@ -38,7 +38,7 @@ struct BackwardKvSmem {
   T q[kStages][kRows * kD];
   T dy[kStages][kRows * kD];
   QueryRecord records[kStages];
-  Dealer dealer;
+  Dealer<2> dealer;
   Barrier kv_full[2][kGroups], gradient_full[2][kGroups], kv_empty[2][kGroups];
   Barrier q_full[kStages], q_empty[kStages];
 };

@@ -44,7 +44,7 @@ struct BackwardQSmem {
   T dy[2][kGroups][kRows * kD];
   T k[Tiles::kStages][Tiles::kKeys * kD];
   T v[Tiles::kStages][Tiles::kKeys * kD];
-  Dealer dealer;
+  Dealer<2> dealer;
   Barrier q_full[2][kGroups], dq_full[2][kGroups], q_empty[2][kGroups];
   Barrier kv_full[Tiles::kStages], kv_empty[Tiles::kStages];
 };

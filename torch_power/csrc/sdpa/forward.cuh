@@ -36,7 +36,7 @@ template <int kD, bool kGeneral>
 struct ForwardTiles {
   static constexpr int kGroups = kD == 64 && !kGeneral ? 3 : 2, kKeys = kD == 256 || kGeneral ? 64 : 128;
   static constexpr int kStages = kD == 64 ? 4 : kD == 128 ? (kGeneral ? 3 : 2) : 1;
-  static constexpr bool kOrdered = true, kFollows = kD == 64;
+  static constexpr bool kOrdered = true;
 };
 
 template <typename T, int kD, typename Tiles>
@@ -45,7 +45,7 @@ struct ForwardSmem {
   T q[2][kGroups][kRows * kD];
   T k[kStages][Tiles::kKeys * kD];
   T v[kStages][Tiles::kKeys * kD];
-  Dealer dealer;
+  Dealer<2> dealer;
   Barrier q_full[2][kGroups], y_full[2][kGroups], q_empty[2][kGroups];
   Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
@@ -302,7 +302,7 @@ __device__ __forceinline__ void forward_consume(ForwardSmem<T, kD, Tiles> &smem,
         float shrink[2], sum[2];
         bool rescale;
         if constexpr (kGeneral) mask_rows<kKeys>(score, p, masks, at, first, n * kKeys);
-        if constexpr (kGeneral || Tiles::kFollows) {
+        if constexpr (kGeneral) {
           const float top[2] = {row_maximum<kKeys>(score, 0), row_maximum<kKeys>(score, 1)};
           rescale = __any_sync(~0u, fmaxf(top[0] - softmax.top[0], top[1] - softmax.top[1]) * scale > kSlack);
           if (rescale) follow_maximum(shrink, softmax, top, scale);
@@ -330,15 +330,20 @@ __device__ __forceinline__ void forward_consume(ForwardSmem<T, kD, Tiles> &smem,
         }
       }
       smem.v_full[ring.slot].wait(ring.parity);
+      turns.begin();
       pin(weight);
       pin(out);
       wgmma_fence();
       accumulate<T, kD, kKeys>(out, weight, smem_address(smem.v[ring.slot]));
       wgmma_commit();
+      turns.end();
       wgmma_wait<0>();
       pin(out);
       release(smem.v_empty[ring.slot]);
       ring.advance();
+    } else {
+      turns.begin();
+      turns.end();
     }
 #pragma unroll 1
     for (; n >= seen.begin; --n) skip();

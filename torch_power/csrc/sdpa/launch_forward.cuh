@@ -28,7 +28,9 @@ int32_t launch_forward_tiles(const Call &call) {
 
 template <typename T, int kD>
 int32_t launch_forward(const Call &call) {
-  return is_general(call) ? launch_forward_tiles<T, kD, true>(call) : launch_forward_tiles<T, kD, false>(call);
+  if constexpr (kD <= 128)
+    if (!is_general(call)) return launch_forward_tiles<T, kD, false>(call);
+  return launch_forward_tiles<T, kD, true>(call);
 }
 
 }  // namespace power::sdpa
