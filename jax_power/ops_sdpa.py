@@ -13,17 +13,12 @@ from jax.custom_derivatives import SymbolicZero
 
 from bridge import spec
 from bridge.spec_sdpa import SdpaCall
-from jax_power import mosaic_gpu
 from jax_power.platforms import Plan, Plans, run, run_and_save, run_with_saved
 from jax_power.xla import sdpa, sdpa_reference
 
 # Best first: the first that supports a call serves it unless one is named.
 SDPA: dict[str, spec.Implementation] = {
     "xla": spec.Implementation(sdpa.forward, sdpa.backward, sdpa.supports),
-    # Behind the portable one, so by name only: its matrix of shapes has not run on a GPU yet.
-    "mosaic_gpu": spec.Implementation(
-        mosaic_gpu.sdpa.forward, mosaic_gpu.sdpa.backward, mosaic_gpu.sdpa.supports, wide_output=False
-    ),
     "reference": spec.Implementation(sdpa_reference.forward, sdpa_reference.backward, sdpa_reference.supports),
 }
 

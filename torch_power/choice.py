@@ -23,4 +23,10 @@ def _in_force() -> tuple[str, ...] | None:
     return spec.Choice.in_force(CHOICE)
 
 
+@torch.compiler.assume_constant_result  # torch.compile of torch 2.11 cannot trace the question
+def autocast_available(device: str) -> bool:
+    """Whether `torch.autocast` exists for devices of this type."""
+    return torch.amp.is_autocast_available(device)
+
+
 implementation = CHOICE.implementation

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bridge import spec
 from torch_power import ops
-from torch_power.choice import CHOICE
+from torch_power.choice import CHOICE, autocast_available
 from torch_power.eager import features
 
 
@@ -173,7 +173,7 @@ def sympow(x: Float[Tensor, "... d"], deg: int) -> Float[Tensor, "... D"]:
 
 def _autocast(x: Any) -> Any:
     """Under `torch.autocast`, a float32 tensor in the autocast dtype, as for PyTorch's own attention; else `x` as it is."""
-    if not isinstance(x, Tensor) or x.dtype != torch.float32 or not torch.amp.is_autocast_available(x.device.type):
+    if not isinstance(x, Tensor) or x.dtype != torch.float32 or not autocast_available(x.device.type):
         return x
     if not torch.is_autocast_enabled(x.device.type):
         return x

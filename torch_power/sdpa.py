@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bridge import spec_sdpa
 from torch_power import ops_sdpa
-from torch_power.choice import CHOICE
+from torch_power.choice import CHOICE, autocast_available
 
 
 def scaled_dot_product_attention(
@@ -83,15 +83,10 @@ def scaled_dot_product_attention(
     return out if heads_last else out.contiguous()
 
 
-@torch.compiler.assume_constant_result  # torch.compile of torch 2.11 cannot trace the question
-def _autocast_available(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
-
-
 def _autocast(*arrays: Any) -> list[Any]:
     """Under `torch.autocast`, floating tensors but float64 in the autocast dtype, as for PyTorch's own function."""
     device = arrays[0].device.type
-    if not _autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(arrays)
     dtype = torch.get_autocast_dtype(device)
     return [x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype) for x in arrays]

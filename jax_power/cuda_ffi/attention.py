@@ -19,8 +19,10 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
     if call.deg > 4:
         return f"deg={call.deg}: the kernels of the attention form take 1 to 4"
     for name, size in (("d", call.d), ("e", call.e)):
-        if not 8 <= size <= 128 or size % 8:
-            return f"head size {name}={size}: the kernels of the attention form take multiples of 8 up to 128"
+        if not 8 <= size <= 256 or size % 8:
+            return f"head size {name}={size}: the kernels of the attention form take multiples of 8 up to 256"
+        if size > 128 and call.deg == 4 and call.dtypes[0] == "float16":
+            return f"head size {name}={size}: with deg=4 in float16 the kernels take up to 128; bfloat16 takes up to 256"
     if call.has_state or call.return_state:
         return "initial_state, return_state: the attention form's kernels have no state; use form='chunked'"
     return library.missing()

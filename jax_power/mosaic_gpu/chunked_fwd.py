@@ -56,7 +56,7 @@ def state_tiles(d: int) -> list[tuple[int, int, int]]:
 
 def load_fragments(ref: Any) -> Array:
     """A tile that lies transposed in shared memory as the left operand of a product."""
-    return plgpu.layout_cast(compat.load(plgpu.transpose_ref(ref, (1, 0)), plgpu.Layout.WGMMA_TRANSPOSED), WGMMA)
+    return plgpu.layout_cast(compat.load(ref.transpose((1, 0)), plgpu.Layout.WGMMA_TRANSPOSED), WGMMA)
 
 
 def decay_on_diagonal(prefix_rows: Array, prefix_columns: Array, *, rows_first: bool = True) -> Array:
@@ -190,14 +190,14 @@ def query(
 
             def scores(slot: Any) -> Array:
                 def product(s: Any) -> Array:
-                    plgpu.wgmma(s, plgpu.transpose_ref(q_smem.at[thread], (1, 0)), k_smem.at[slot])
+                    plgpu.wgmma(s, q_smem.at[thread].transpose((1, 0)), k_smem.at[slot])
                     return s[...]
 
                 return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32))
 
             def add_values(acc: Array, p: Array, slot: Any) -> Array:
                 def product(acc: Any) -> None:
-                    plgpu.wgmma(acc, p.astype(jnp.float16), plgpu.transpose_ref(v_smem.at[slot], (1, 0)))
+                    plgpu.wgmma(acc, p.astype(jnp.float16), v_smem.at[slot].transpose((1, 0)))
 
                 return pl.run_state(product)(plgpu.WGMMAAccumulatorRef.init(acc))
 

@@ -130,7 +130,7 @@ def gradient_kv(
                         factor = compat.load(factors_smem.at[thread, feature], ROWS)
                         of_k, of_v = doubled * spread(factor, d - BLOCK * b), v * spread(factor, e)
                         plgpu.barrier_wait(state_full.at[slot])
-                        plgpu.wgmma(accs[0], of_v, plgpu.transpose_ref(state_smem.at[slot], (1, 0)))
+                        plgpu.wgmma(accs[0], of_v, state_smem.at[slot].transpose((1, 0)))
                         state = state_smem.at[slot] if b == 0 else state_smem.at[slot, pl.ds(BLOCK * b, d - BLOCK * b)]
                         plgpu.wgmma(accs[1], of_k, state)
                         plgpu.wgmma_wait(
@@ -162,16 +162,16 @@ def gradient_kv(
                 """Scores and <v^, D> of this warpgroup's keys with a tile of queries."""
 
                 def both(accs: Any) -> None:
-                    plgpu.wgmma(accs[0], plgpu.transpose_ref(k_smem.at[thread], (1, 0)), q_smem.at[slot])
-                    plgpu.wgmma(accs[1], plgpu.transpose_ref(v_smem.at[thread], (1, 0)), dy_smem.at[slot])
+                    plgpu.wgmma(accs[0], k_smem.at[thread].transpose((1, 0)), q_smem.at[slot])
+                    plgpu.wgmma(accs[1], v_smem.at[thread].transpose((1, 0)), dy_smem.at[slot])
 
                 zeros = plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), WGMMA)
                 return pl.run_state(both)((plgpu.WGMMAAccumulatorRef.init(zeros), plgpu.WGMMAAccumulatorRef.init(zeros)))
 
             def add_queries(dk: Array, dv: Array, ds: Array, p: Array, slot: Any) -> tuple[Array, Array]:
                 def both(accs: Any) -> None:
-                    plgpu.wgmma(accs[0], ds.astype(jnp.float16), plgpu.transpose_ref(q_smem.at[slot], (1, 0)))
-                    plgpu.wgmma(accs[1], p.astype(jnp.float16), plgpu.transpose_ref(dy_smem.at[slot], (1, 0)))
+                    plgpu.wgmma(accs[0], ds.astype(jnp.float16), q_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma(accs[1], p.astype(jnp.float16), dy_smem.at[slot].transpose((1, 0)))
 
                 return pl.run_state(both)((plgpu.WGMMAAccumulatorRef.init(dk), plgpu.WGMMAAccumulatorRef.init(dv)))
 

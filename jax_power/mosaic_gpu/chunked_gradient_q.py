@@ -143,7 +143,7 @@ def gradient_q(
                         slot = lax.rem(feature, jnp.int32(stages))
                         a = grad * spread(compat.load(factors_smem.at[thread, feature], ROWS), e)
                         plgpu.barrier_wait(state_full.at[slot])
-                        plgpu.wgmma(acc, a, plgpu.transpose_ref(state_smem.at[slot], (1, 0)))
+                        plgpu.wgmma(acc, a, state_smem.at[slot].transpose((1, 0)))
                         plgpu.wgmma_wait(1)
 
                         def release(feature: Any = feature) -> None:
@@ -174,15 +174,15 @@ def gradient_q(
                 """Scores and <D, v^> of this warpgroup's rows with a tile of keys."""
 
                 def both(accs: Any) -> None:
-                    plgpu.wgmma(accs[0], plgpu.transpose_ref(q_smem.at[thread], (1, 0)), k_smem.at[slot])
-                    plgpu.wgmma(accs[1], plgpu.transpose_ref(dy_smem.at[thread], (1, 0)), v_smem.at[slot])
+                    plgpu.wgmma(accs[0], q_smem.at[thread].transpose((1, 0)), k_smem.at[slot])
+                    plgpu.wgmma(accs[1], dy_smem.at[thread].transpose((1, 0)), v_smem.at[slot])
 
                 zeros = plgpu.layout_cast(jnp.zeros((TILE, TILE), jnp.float32), WGMMA)
                 return pl.run_state(both)((plgpu.WGMMAAccumulatorRef.init(zeros), plgpu.WGMMAAccumulatorRef.init(zeros)))
 
             def add_keys(dq: Array, ds: Array, slot: Any) -> Array:
                 def product(acc: Any) -> None:
-                    plgpu.wgmma(acc, ds.astype(jnp.float16), plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
+                    plgpu.wgmma(acc, ds.astype(jnp.float16), k_smem.at[slot].transpose((1, 0)))
 
                 return pl.run_state(product)(plgpu.WGMMAAccumulatorRef.init(dq))
 

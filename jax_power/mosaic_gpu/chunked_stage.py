@@ -58,7 +58,7 @@ def stage(x: Array, factor: Array, weight: Array | None = None) -> tuple[Array, 
                 if m == 1 and of_weight is not None:
                     values = values * lax.broadcast_in_dim(of_weight, (TILE, n), [0])
                 turned = plgpu.layout_cast(values.astype(jnp.float16), plgpu.Layout.WGMMA_TRANSPOSED)
-                plgpu.transpose_ref(results_smem.at[i, m], (1, 0))[...] = turned
+                results_smem.at[i, m].transpose((1, 0))[...] = turned
             plgpu.commit_smem()
             for m in range(results):
                 plgpu.copy_smem_to_gmem(results_smem.at[i, m], results_gmem[m].at[head, :, tokens(i)])
@@ -117,7 +117,7 @@ def moments(weighted: Array, x: Array, *, chunk: int, group: int, values: Array 
                 else:
                     of_token = compat.load(values_smem.at[slot], COLUMNS).astype(jnp.float16)
                     left = compat.load(weighted_smem.at[slot], WGMMA) * lax.broadcast_in_dim(of_token, (d, TILE), [1])
-                plgpu.wgmma(acc, left, plgpu.transpose_ref(x_smem.at[slot], (1, 0)))
+                plgpu.wgmma(acc, left, x_smem.at[slot].transpose((1, 0)))
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(consumed)  # the next copy must not overtake the slowest warp's reads
                 plgpu.barrier_wait(consumed)

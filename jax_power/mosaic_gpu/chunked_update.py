@@ -123,7 +123,7 @@ def update(
                     row = compat.load(rows_smem.at[slot, b], COLUMNS)
                     a = y_tile * lax.broadcast_in_dim(row, (64, TILE), [1])
                     keys = x_smem.at[slot] if b == 0 else x_smem.at[slot, pl.ds(BLOCK * b, widths[b])]
-                    plgpu.wgmma(acc, a, plgpu.transpose_ref(keys, (1, 0)))
+                    plgpu.wgmma(acc, a, keys.transpose((1, 0)))
                 # Drained, while the other warpgroup makes its operands: with products in flight at the next tile, their left
                 # operands and the sums need more registers than there are, or ptxas serialises every instruction (C7512,
                 # C7515).
@@ -136,7 +136,7 @@ def update(
                 outs = [out_smem.at[thread, n, pl.ds(0, widths[b])] for n, b in enumerate(kept)]
                 for out, acc in zip(outs, accs, strict=True):
                     rounded = plgpu.layout_cast((acc * scale).astype(jnp.float16), plgpu.Layout.WGMMA_TRANSPOSED)
-                    plgpu.transpose_ref(out, (1, 0))[...] = rounded
+                    out.transpose((1, 0))[...] = rounded
                 plgpu.commit_smem()
                 for n, (out, b) in enumerate(zip(outs, kept, strict=True)):
                     columns = pl.ds(half * 64, 64)

@@ -1,52 +1,35 @@
 """Power attention on Hopper GPUs in Pallas: the kernels behind the interface every implementation has.
 
-The attention form is `jax_power.mosaic_gpu.attention`, the chunked form (degree 2) `chunked`; here is the choice between them.
+The attention form is `jax_power.mosaic_gpu.attention`; here is the choice between the forms.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from types import ModuleType
 
 from jax import Array
 
 from bridge import spec
-from jax_power.mosaic_gpu import attention, chunked
-
-# Tokens from which the chunked form is taken, by the head size that kernels pad to. An estimate: twice what the CUDA
-# twin has measured at d = 64 (9200), as the chunked form is further from it (forward 1.44 ms against 1.12 at t = 65536) than
-# the attention form.
-CROSSING = {64: 16_384, 128: 32_768}
-
-
-def _kernels(call: spec.PowerCall) -> ModuleType:
-    """A state, and the recurrence, are served by the chunked kernels whatever the form: the sums are the same."""
-    return attention if call.form == "attention" and not (call.has_state or call.return_state) else chunked
+from jax_power.mosaic_gpu import attention
 
 
 def plan(call: spec.PowerCall) -> spec.PowerCall:
-    """Replace a form that was left open by the one that is faster here, forward and backward together.
-
-    What the chunked kernels lack (other degrees, no mask) is left to the attention form.
-    """
+    """Replace a form that was left open by the one that is faster here."""
     if not call.auto_form or call.has_state or call.return_state:
         return call
-    if call.deg != 2 or not call.causal or call.d % 8:
-        return dataclasses.replace(call, form="attention")
-    crossing = CROSSING[64 if max(call.d, call.e) <= 64 else 128]
-    return dataclasses.replace(call, form="attention" if call.t < crossing else "chunked")
+    return dataclasses.replace(call, form="attention")
 
 
 def supports(call: spec.PowerCall, device: str) -> str | None:
     """None, or why the kernels cannot serve `call`: the argument, and what would work."""
-    return _kernels(call).supports(call, device)
+    return attention.supports(call, device)
 
 
 def forward(
     call: spec.PowerCall, q: Array, k: Array, v: Array, log_g: Array | None, s0: Array | None, z0: Array | None
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """y `[b, t, h_q, e]` in the dtype of v, norm `[b, t, h_q]` float32, and the final state (None unless asked for)."""
-    return _kernels(call).forward(call, q, k, v, log_g, s0, z0)
+    return attention.forward(call, q, k, v, log_g, s0, z0)
 
 
 def backward(
@@ -54,4 +37,4 @@ def backward(
     z0: Array | None, y: Array, norm: Array, dy: Array, ds: Array | None, dz: Array | None,
 ) -> tuple[Array, Array, Array, Array | None, Array | None, Array | None]:  # fmt: skip
     """Gradients of q, k, v, log_g, s0, z0 in the dtypes of those arguments (None where the argument is None)."""
-    return _kernels(call).backward(call, q, k, v, log_g, s0, z0, y, norm, dy, ds, dz)
+    return attention.backward(call, q, k, v, log_g, s0, z0, y, norm, dy, ds, dz)

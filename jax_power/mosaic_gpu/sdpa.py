@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
+from bridge import spec
 from bridge.spec_sdpa import SdpaCall
 from jax_power import platforms
 from jax_power.mosaic_gpu import sdpa_bias, sdpa_bwd, sdpa_fwd, sdpa_tiles
@@ -151,3 +152,9 @@ def _score_tiles(extras: Sequence[Extra]) -> int:
 def _summed(x: Array, shape: tuple[int, ...] | None) -> Array:
     """x summed over the axes that have size 1 in `shape`."""
     return x.sum(tuple(axis for axis, n in enumerate(shape or ()) if n == 1), keepdims=True)
+
+
+# Not in `ops_sdpa.SDPA` yet: on an H100, q and k of standard deviation 8 give dq and dk 1.9 to 2.2 times over their bounds (y
+# as rounded is not enough for δ: the CUDA twin keeps what rounding left over), and one shape of the tests has dk at 4.0e-3
+# where 3.7e-3 is allowed. Tests and benchmarks on a GPU put it there.
+IMPLEMENTATION = spec.Implementation(forward, backward, supports, wide_output=False)

@@ -17,10 +17,10 @@ from bridge import spec
 from torch_power.cuda import attention, library
 
 # Tokens from which the chunked form is faster, by the head size that kernels pad to: one H100, forward and backward together,
-# microseconds a token and head (benchmarks/results/gpu_power_h100.json and gpu_attention_h100.json).
+# nanoseconds a token and head (benchmarks/results/gpu_power_h100.json and gpu_attention_h100.json).
 CROSSING = {
-    64: 9_200,  # chunked 8.4 whatever t is (t = 65536), attention 0.98e-3 · t (t = 16384), a little more with few heads
-    128: 20_000,  # chunked 36.7, attention 1.80e-3 · t
+    64: 9_200,  # chunked 8.4 at t = 8192 and 7.4 at 65536, attention 7.8 at 8192 and 16.1 at 16384
+    128: 17_000,  # chunked 29.9 at t = 16384 and 33.6 at 65536, attention 30.0 at 16384
 }
 
 

@@ -67,7 +67,6 @@ WIDE = (  # one slot of everything, one stage of keys, two warpgroups for the sa
     Shape("d256 2048", t=2048, d=256, e=256, h_q=3, h_kv=3),
     Shape("f16 d256", t=600, d=256, e=256, dtype="float16", gates="mild"),
     Shape("f16 d256 large", t=4096, d=256, e=256, dtype="float16", std=8.0, h_q=1, h_kv=1),
-    Shape("f16 d256 deg 4", t=300, d=256, e=256, dtype="float16", deg=4),
     Shape("f16 d256 not causal", t=300, t_kv=500, d=256, e=256, dtype="float16", causal=False, h_q=4, h_kv=2),
 )
 FULL = (

@@ -18,6 +18,8 @@ int32_t check(const PowerAttentionShape &s) {
   if (s.d < 8 || s.d > 256 || s.d % 8 || s.e < 8 || s.e > 256 || s.e % 8)
     return power_fail(POWER_UNSUPPORTED, "d=%lld, e=%lld: the sm_90a attention form takes multiples of 8 up to 256",
                       static_cast<long long>(s.d), static_cast<long long>(s.e));
+  if (s.deg == 4 && s.dtype == POWER_FLOAT16 && (s.d > 128 || s.e > 128)) /* s^4 leaves float16's range for rows with few keys */
+    return power_fail(POWER_UNSUPPORTED, "deg=4 in float16: the sm_90a attention form takes head sizes up to 128");
   if (s.h_kv < 1 || s.h_q % s.h_kv) return power_fail(POWER_INVALID, "h_q is not a multiple of h_kv");
   if (s.causal && s.t != s.t_kv) return power_fail(POWER_INVALID, "t and t_kv differ, and causal is set");
   const int64_t limit = int64_t(1) << 30;
