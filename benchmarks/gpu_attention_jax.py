@@ -11,6 +11,7 @@ contestant whose result is wrong (against float64 on the last 64 rows of one hea
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import statistics
@@ -68,7 +69,8 @@ def prepare(name: str, t: int, d: int, gates: bool) -> Programs:
 
 
 def kernel_ms(program: Any, *arrays: Any) -> float:
-    runs = profiler.Cupti(finalize=False).measure(program, aggregate=True, iterations=9)(*arrays)[1]
+    cupti: Any = profiler.Cupti  # `finalize` came with JAX 0.11
+    runs = cupti(finalize=False).measure(program, aggregate=True, iterations=9)(*arrays)[1]
     return float(statistics.median(runs))
 
 
@@ -105,7 +107,7 @@ def measure(x: Programs) -> dict[str, Any]:
         return row
     calls = {"forward": (x.forward, x.inputs[:-1]), "backward": (x.backward, (x.kept, x.inputs[-1]))}
     for name, (program, arrays) in calls.items():
-        row[f"{name}_wall_ms"] = wall_ms(lambda program=program, arrays=arrays: program(*arrays))
+        row[f"{name}_wall_ms"] = wall_ms(functools.partial(program, *arrays))
         row[f"{name}_kernel_ms"] = kernel_ms(program, *arrays)
     return row
 

@@ -92,14 +92,15 @@ def error(y: jax.Array, x: dict[str, jax.Array]) -> float:
 def ours(x: dict[str, jax.Array]) -> dict[str, Any]:
     inputs = [x[name] for name in ("q", "k", "v", "log_g")]
     call = spec.check_power(*inputs, form="chunked")
-    forward, first = compiled(lambda *a: chunked.forward(call, *a, None, None)[:2], *inputs)
+    forward, first = compiled(lambda q, k, v, g: chunked.forward(call, q, k, v, g, None, None)[:2], *inputs)
     y, norm = forward(*inputs)
     found = error(y, x)
     if not found < 3e-3:
         return {"error": found}
     upstream = (y, norm, x["dy"])
     backward, second = compiled(
-        lambda q, k, v, g, *up: chunked.backward(call, q, k, v, g, None, None, *up, None, None)[:4], *inputs, *upstream
+        lambda q, k, v, g, y, norm, dy: chunked.backward(call, q, k, v, g, None, None, y, norm, dy, None, None)[:4],
+        *inputs, *upstream,
     )
     row: dict[str, Any] = {"error": found, "compile": {"forward": first, "backward": second}}
     for name, run in (("forward", lambda: forward(*inputs)), ("backward", lambda: backward(*inputs, *upstream))):

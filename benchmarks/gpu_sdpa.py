@@ -73,7 +73,9 @@ CONTESTANTS: dict[str, Attention] = {
 }
 
 
-def exact_rows(q, k, v, dy, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def exact_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dy: torch.Tensor, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """y and dq of the last 64 rows of the first head, in float64."""
     t = q.shape[2]
     rows, k, v, dy = q[0, 0, -ROWS:].double(), k[0, 0].double(), v[0, 0].double(), dy[0, 0, -ROWS:].double()

@@ -341,7 +341,7 @@ def test_the_kernels_errors_arrive(on_cpu, monkeypatch):
     with pytest.raises(Exception, match="no field of PowerAttentionArrays: 'x'"):
         jax.block_until_ready(library.run("chunked_forward", call, {"x": q}, {"y": library.like(q)}))
     monkeypatch.setattr(library, "workspace_bytes", lambda operation, shape: 0)
-    with pytest.raises(Exception, match=r"INTERNAL: workspace of \d+ bytes, 43584 needed"):
+    with pytest.raises(Exception, match=r"INTERNAL: workspace of \d+ bytes, \d+ needed"):
         jax.block_until_ready(power.forward(call, q, q, q, None, None, None))
 
 

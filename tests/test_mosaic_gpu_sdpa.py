@@ -93,6 +93,16 @@ def test_supports_names_the_cause(changes, device, reason):
     assert sdpa.supports(dataclasses.replace(call, **changes), device) == reason
 
 
+RANGES = [
+    (t, s, causal, window, row, rows, width)
+    for t, s in ((1, 1), (300, 200), (130, 700))
+    for causal in (False, True)
+    for window in (None, (5, 3), (100, 0), (-2, 9), (-150, 400), (10**12, -4))
+    for row in range(0, t, 64)
+    for rows, width in ((64, 64), (128, 128))
+]
+
+
 def test_blocks_are_those_with_something_to_see():
     """The range of blocks of keys, and of queries, against the mask itself: none is missed, and full ones are full."""
     for t, s, causal, window, row, rows, width in RANGES:
