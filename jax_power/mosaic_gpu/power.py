@@ -1,6 +1,7 @@
 """Power attention on Hopper GPUs in Pallas: the kernels behind the interface every implementation has.
 
-The attention form is `jax_power.mosaic_gpu.attention`; here is the choice between the forms.
+The attention form alone, `jax_power.mosaic_gpu.attention`. The chunked form (`chunked`) has not been held to the oracle on a GPU
+and is not served from here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from jax_power.mosaic_gpu import attention
 
 
 def plan(call: spec.PowerCall) -> spec.PowerCall:
-    """Replace a form that was left open by the one that is faster here."""
+    """Replace a form that was left open by the attention form, the one there is here."""
     if not call.auto_form or call.has_state or call.return_state:
         return call
     return dataclasses.replace(call, form="attention")
