@@ -1,7 +1,7 @@
 """Power attention on Hopper GPUs in Pallas: the kernels behind the interface every implementation has.
 
-The attention form alone, `jax_power.mosaic_gpu.attention`. The chunked form (`chunked`) has not been held to the oracle on a GPU
-and is not served from here.
+The attention form alone, `jax_power.mosaic_gpu.attention`. The chunked form (`chunked`) has not been held to the oracle
+on a GPU and is not served from here.
 """
 
 from __future__ import annotations
