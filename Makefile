@@ -58,8 +58,9 @@ validate: $(READY)
 test: $(READY)
 	$(PY) $(PYTEST) $(PYTEST_ARGS)
 
+# The C++ operators too: a GPU machine usually has another torch than the one they were built against
 test-gpu: $(READY)
-	$(PY) -m pytest tests/gpu $(PYTEST_ARGS)
+	$(PY) -m pytest tests/gpu tests/test_cpp.py tests/test_dropin.py $(PYTEST_ARGS)
 
 # The programs of tests/gpu/test_primitives.py, to be carried to a GPU machine: POWER_PRIMITIVES=build/primitives there
 PRIMITIVES := $(patsubst tests/gpu/primitives/%.cu,build/primitives/%,$(wildcard tests/gpu/primitives/*.cu))

@@ -73,6 +73,16 @@ def test_speed():
         assert ratio == f"{times[3] / times[1]:.1f}", (d, t)
 
 
+def test_speed_on_cpu_threads():
+    """The table of seconds is the committed result, rounded: of each implementation its faster form."""
+    rows = json.loads((ROOT / "benchmarks/results/cpu_speed.json").read_text())["rows"]
+    for t, *printed, ratio in cells("### On CPU threads"):
+        timed = [row for row in rows if row["operation"] == "power" and row["gates"] and row["t"] == int(t)]
+        seconds = [min(r["seconds"] for r in timed if f"/{name}/" in r["contestant"]) for name in ("cpp", "eager", "xla")]
+        assert printed == [f"{x:.3f}" for x in seconds], t
+        assert ratio == f"{seconds[1] / seconds[0]:.1f}", t
+
+
 def test_bounds():
     """The table of errors is the one that the tests hold the portable implementations to."""
     for dtype, y, gradients, dlog_g, state in cells("## Errors and accuracy"):
