@@ -55,6 +55,8 @@ void call_cuda(const Tensor &q, int64_t (*workspace_size)(const Shape *, const v
 
 // ---- Power attention: form 0 is the attention form, any other the chunked one -----------------------------------------------
 
+void *address(const Maybe &x) { return x ? x->mutable_data_ptr() : nullptr; }
+
 void check_saved(const Maybe &saved, const PowerAttentionShape &s) {
   if (!saved) return;
   STD_TORCH_CHECK(s.form != POWER_ATTENTION && saved->numel() >= power_chunked_saved_sm90(&s, nullptr), "torch_power: saved is too small");
@@ -79,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> power_forward(const Tensor &q, const 
   const Tensor q_used = attention ? tileable(q) : q, k_used = attention ? tileable(k) : k, v_used = attention ? tileable(v) : v;
   PowerAttentionArrays a = {};
   a.q = strided(q_used), a.k = strided(k_used), a.v = strided(v_used), a.log_g = strided(log_g);
-  a.s0 = strided(s0), a.z0 = strided(z0), a.y = strided(y), a.norm = strided(norm), a.saved = saved ? array(*saved) : PowerArray{};
+  a.s0 = strided(s0), a.z0 = strided(z0), a.y = strided(y), a.norm = strided(norm), a.saved.data = address(saved);
   if (return_state) a.s = strided(state), a.z = strided(state_norm);
   if (attention)
     call_cuda(q, power_attention_quadratic_forward_workspace_sm90, power_attention_quadratic_forward_sm90, s, a);
@@ -113,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> power_backward(
   const Tensor y_used = attention ? tileable(y) : y, dy_used = attention ? tileable(dy) : dy;
   PowerAttentionArrays a = {};
   a.q = strided(q_used), a.k = strided(k_used), a.v = strided(v_used), a.log_g = strided(log_g);
-  a.s0 = strided(s0), a.z0 = strided(z0), a.y = strided(y_used), a.norm = strided(norm), a.saved = saved ? array(*saved) : PowerArray{};
+  a.s0 = strided(s0), a.z0 = strided(z0), a.y = strided(y_used), a.norm = strided(norm), a.saved.data = address(saved);
   a.dy = strided(dy_used), a.ds = strided(ds), a.dz = strided(dz);
   a.dq = strided(dq), a.dk = strided(dk), a.dv = strided(dv);
   if (log_g) a.dlog_g = strided(dlog_g);
