@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import torch_power
 from benchmarks import registry, run
-from bridge import measure, report
+from bridge import measure, report, twins
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_enum("device", "cuda", ["cpu", "cuda"], "where to compute", flag_values=FLAGS)
@@ -71,7 +71,7 @@ def launches(function: Attention, as_power: bool, device: str, t: int) -> dict[s
     """The two passes as functions that launch one call."""
     arrays = registry.Shape(t, h_q=2, h_kv=2, dtype="bfloat16").make()
     names = ("q", "k", "v", *(("log_g",) if as_power else ()))
-    tensors = {name: registry.twins.TORCH.array(arrays[name], device) for name in (*names, "dy")}
+    tensors = {name: twins.TORCH.array(arrays[name], device) for name in (*names, "dy")}
     if not as_power:
         tensors = {name: x.transpose(1, 2).contiguous() for name, x in tensors.items()}
     leaves, dy = [tensors[name].requires_grad_() for name in names], tensors["dy"]
@@ -109,7 +109,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"host_overhead: {error}", file=sys.stderr)
         return 2
     wait = torch.cuda.synchronize if FLAGS.device == "cuda" else lambda: None
-    entrants, samples = list(contestants(FLAGS.device)), {}
+    entrants = list(contestants(FLAGS.device))
+    samples: dict[tuple[str, str], list[tuple[float, float]]] = {}
     made = [launches(function, as_power, FLAGS.device, FLAGS.t) for _, function, as_power, _ in entrants]
     for _ in range(FLAGS.rounds):
         for (name, _, _, _), passes in zip(entrants, made, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -13,30 +13,32 @@ from torch import Tensor
 # Signatures remembered by each function: a server meets as many lengths and batch sizes. An entry takes about a kilobyte.
 SIGNATURES = 1024
 
-F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R")
 
 
 class Signature(NamedTuple):
     """What the checks ask of a tensor."""
 
-    shape: torch.Size
+    shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
 
-def signature(x: Any) -> Any:
-    """A tensor's `Signature`, a pair of tensors' signatures (a state), and anything else as it is.
+def signatures(*arguments: Any) -> Sequence[Any]:
+    """The arguments with a `Signature` in place of every tensor, also in a pair of tensors (a state).
 
     torch.compile traces the checks of the tensors themselves.
     """
-    if torch.compiler.is_compiling():
-        return x
+    return arguments if torch.compiler.is_compiling() else [_signature(x) for x in arguments]
+
+
+def _signature(x: Any) -> Any:
     if isinstance(x, Tensor):
         return Signature(x.shape, x.dtype, x.device)
-    return tuple(map(signature, x)) if isinstance(x, tuple) and len(x) == 2 else x
+    return tuple(map(_signature, x)) if isinstance(x, tuple) and len(x) == 2 else x
 
 
-def remembered(function: F) -> F:
+def remembered(function: Callable[..., R]) -> Callable[..., R]:
     """`function`, a pure one of positional arguments, worked out once for equal arguments of equal types.
 
     Arguments that have no hash (symbolic sizes, lists) are worked out each time, and errors are raised each time.
@@ -45,7 +47,7 @@ def remembered(function: F) -> F:
     cached = functools.lru_cache(maxsize=SIGNATURES, typed=True)(function)
 
     @functools.wraps(function)
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any) -> R:
         if not torch.compiler.is_compiling():
             try:
                 return cached(*arguments)
@@ -53,8 +55,8 @@ def remembered(function: F) -> F:
                 pass
         return function(*arguments)
 
-    call.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
-    return call  # type: ignore[return-value]
+    call.cache_clear, call.cache_info = cached.cache_clear, cached.cache_info  # type: ignore[attr-defined]
+    return call
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -92,4 +94,5 @@ class Function(torch.autograd.Function):
         """
         if torch._C._are_functorch_transforms_active():
             return super().apply(*arguments)
-        return super(torch.autograd.Function, cls).apply(*torch._functorch.utils.unwrap_dead_wrappers(arguments))
+        alive = torch._functorch.utils.unwrap_dead_wrappers(arguments)
+        return super(torch.autograd.Function, cls).apply(*alive)  # type: ignore[misc]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bridge import spec
 from torch_power import cpp, cuda, eager
-from torch_power.calls import Function, operator, remembered, signature, without_autocast
+from torch_power.calls import Function, operator, remembered, signatures, without_autocast
 
 # Best first: the first that supports a call serves it unless one is named.
 POWER: dict[str, spec.Implementation] = {
@@ -42,7 +42,7 @@ def _checked(
 
 def check(q: Any, k: Any, v: Any, log_g: Any, state: Any, *options: Any) -> spec.PowerCall:
     """`spec.check_power` of the arguments deg, scale, causal, normalize, form, chunk_size and return_state, in this order."""
-    return _checked(signature(q), signature(k), signature(v), signature(log_g), signature(state), *options)
+    return _checked(*signatures(q, k, v, log_g, state), *options)
 
 
 def _call(

@@ -18,7 +18,7 @@ from torch import Tensor
 from bridge import spec
 from bridge.spec_sdpa import SdpaCall
 from torch_power import cpp, cuda
-from torch_power.calls import Function, operator, remembered, signature, without_autocast
+from torch_power.calls import Function, operator, remembered, signatures, without_autocast
 from torch_power.eager import sdpa, sdpa_reference
 from torch_power.layout import rows_like
 
@@ -47,7 +47,7 @@ def make_call(
     q: Any, k: Any, v: Any, bias: Any, mask: Any, *, causal: bool, scale: float, dropout_p: float, bias_grad: bool
 ) -> SdpaCall:
     """The call that checked four-dimensional operands make: tensors, or their signatures."""
-    return _call(*map(signature, (q, k, v, bias, mask)), causal, scale, dropout_p, bias_grad)
+    return _call(*signatures(q, k, v, bias, mask), causal, scale, dropout_p, bias_grad)
 
 
 @operator("sdpa")
@@ -183,9 +183,7 @@ class Sdpa(Function):
         bias_grad = saved[3] is not None and ctx.needs_input_grad[3]
         # Without a graph (`create_graph`, torch.func) there is no second derivative to refuse.
         differentiate = SdpaBackward.apply if torch.is_grad_enabled() else sdpa_backward
-        dq, dk, dv, dbias = differentiate(
-            *saved, dout, ctx.causal, ctx.scale, ctx.dropout_p, bias_grad, ctx.implementation
-        )
+        dq, dk, dv, dbias = differentiate(*saved, dout, ctx.causal, ctx.scale, ctx.dropout_p, bias_grad, ctx.implementation)
         return dq, dk, dv, dbias if bias_grad else None, *[None] * 7
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bridge import spec_sdpa
 from torch_power import ops_sdpa
-from torch_power.calls import Signature, remembered, signature
+from torch_power.calls import Signature, remembered, signatures
 from torch_power.choice import CHOICE, autocast_available
 from torch_power.layout import heads_last
 
@@ -65,13 +65,13 @@ def scaled_dot_product_attention(
         scale = spec_sdpa.check_torch_number(Tensor, "scale", scale)
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     bias_grad = attn_mask is not None and attn_mask.requires_grad
-    arrays = map(signature, (query, key, value, attn_mask))
-    plan = _plan(*arrays, dropout_p, is_causal, scale, enable_gqa, bias_grad, implementation, CHOICE.in_force())
+    options = dropout_p, is_causal, scale, enable_gqa, bias_grad, implementation, CHOICE.in_force()
+    plan = _plan(*signatures(query, key, value, attn_mask), *options)
 
     q, k, v = (_four_axes(x, plan.batch, h) for x, h in zip((query, key, value), plan.heads, strict=True))
     bias = mask = None
     if attn_mask is not None:
-        operand = attn_mask.expand(plan.mask).flatten(0, -4)
+        operand = attn_mask.expand(plan.mask or ()).flatten(0, -4)
         bias, mask = (None, operand) if attn_mask.dtype == torch.bool else (operand, None)
     seed = torch.randint(2**63 - 1, (q.shape[0],), device=q.device) if dropout_p > 0 else None
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))

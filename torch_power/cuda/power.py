@@ -8,6 +8,7 @@ bfloat16 inputs lose nothing on the way in.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,15 +120,16 @@ def backward(
         return attention.backward(call, q, k, v, log_g, s0, z0, y, norm, dy, ds, dz)
     arguments = q, k, v, log_g, s0, z0
     if _empty(call):
-        gradients = [None if x is None else x.new_zeros(x.shape) for x in arguments]
+        gradients: list[Any] = [None if x is None else x.new_zeros(x.shape) for x in arguments]
         for dx, source in zip(gradients[4:], (ds, dz), strict=True):
             if dx is not None and source is not None:
                 dx.copy_(source)
         return tuple(gradients)
     arrays = _scaled(call, q), k, v, log_g, _contiguous(s0), _contiguous(z0), y, norm.contiguous(), saved, dy.to(v.dtype)
     options = library.options(call, "chunked")
-    gradients = library.operator("power_backward")(*arrays, _contiguous(ds), _contiguous(dz), *options)
-    return tuple(None if x is None else dx for x, dx in zip(arguments, gradients, strict=True))
+    found = library.operator("power_backward")(*arrays, _contiguous(ds), _contiguous(dz), *options)
+    dq, dk, dv, *optional = (None if x is None else dx for x, dx in zip(arguments, found, strict=True))
+    return dq, dk, dv, *optional
 
 
 def _zeros(like: Tensor, *size: int) -> Tensor:
