@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -24,18 +24,11 @@ class Signature(NamedTuple):
     device: torch.device
 
 
-def signatures(*arguments: Any) -> Sequence[Any]:
-    """The arguments with a `Signature` in place of every tensor, also in a pair of tensors (a state).
-
-    torch.compile traces the checks of the tensors themselves.
-    """
-    return arguments if torch.compiler.is_compiling() else [_signature(x) for x in arguments]
-
-
-def _signature(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return Signature(x.shape, x.dtype, x.device)
-    return tuple(map(_signature, x)) if isinstance(x, tuple) and len(x) == 2 else x
+def signatures(*arguments: Any) -> tuple[Any, ...]:
+    """The arguments with a `Signature` in place of every tensor. torch.compile traces the checks of the tensors themselves."""
+    if torch.compiler.is_compiling():
+        return arguments
+    return tuple([Signature(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in arguments])
 
 
 def remembered(function: Callable[..., R]) -> Callable[..., R]:

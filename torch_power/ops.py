@@ -42,7 +42,8 @@ def _checked(
 
 def check(q: Any, k: Any, v: Any, log_g: Any, state: Any, *options: Any) -> spec.PowerCall:
     """`spec.check_power` of the arguments deg, scale, causal, normalize, form, chunk_size and return_state, in this order."""
-    return _checked(*signatures(q, k, v, log_g, state), *options)
+    state = signatures(*state) if isinstance(state, tuple) else state
+    return _checked(*signatures(q, k, v, log_g), state, *options)
 
 
 def _call(
