@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bridge import spec
 from torch_power import cpp, cuda, eager
-from torch_power.calls import Function, operator, remembered, signatures, without_autocast
+from torch_power.calls import Function, native, operator, remembered, signatures, without_autocast
 
 # Best first: the first that supports a call serves it unless one is named.
 POWER: dict[str, spec.Implementation] = {
@@ -89,8 +89,7 @@ def power_attention(
     return y, norm, saved, _present(s, norm), _present(z, norm)
 
 
-@torch.library.register_fake("torch_power::power_attention")
-def _(q, k, v, log_g, s0, z0, *options):
+def _fake(q, k, v, log_g, s0, z0, *options):
     call, chosen = _call(q, k, v, log_g, s0, z0, options)
     wide = getattr(torch, call.compute_dtype)
     y = q.new_empty(call.b, call.t, call.h_q, call.e, dtype=wide if chosen.wide_output else v.dtype)
@@ -133,8 +132,7 @@ def power_attention_backward(
     return dq, dk, dv, *(_present(x, norm) for x in optional)
 
 
-@torch.library.register_fake("torch_power::power_attention_backward")
-def _(q, k, v, log_g, s0, z0, y, norm, saved, dy, ds, dz, *options):
+def _fake_backward(q, k, v, log_g, s0, z0, y, norm, saved, dy, ds, dz, *options):
     def like(x: Tensor | None) -> Tensor:
         return norm.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -165,8 +163,14 @@ def _fold_batch(operator: Any) -> Callable[..., Any]:
     return rule
 
 
+torch.library.register_fake("torch_power::power_attention", _fake)
+torch.library.register_fake("torch_power::power_attention_backward", _fake_backward)
 torch.library.register_vmap("torch_power::power_attention", _fold_batch(power_attention))
 torch.library.register_vmap("torch_power::power_attention_backward", _fold_batch(power_attention_backward))
+
+# Implementations with raw operators of their own, in C++: nothing in Python between autograd and the kernels.
+FORWARD = {"cuda": native("power_attention_cuda", power_attention, _fake, _fold_batch)}
+BACKWARD = {"cuda": native("power_attention_gradient_cuda", power_attention_backward, _fake_backward, _fold_batch)}
 
 
 class PowerAttentionBackward(Function):
@@ -174,7 +178,7 @@ class PowerAttentionBackward(Function):
 
     @staticmethod
     def forward(*args):
-        return power_attention_backward(*args)
+        return BACKWARD.get(args[-2], power_attention_backward)(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -193,7 +197,8 @@ class PowerAttention(Function):
     def forward(
         q, k, v, log_g, s0, z0, deg, scale, causal, normalize, form, chunk_size, return_state, implementation, save
     ):  # fmt: skip
-        return power_attention(
+        save = save and cuda.power.KEEP_STATES
+        return FORWARD.get(implementation, power_attention)(
             q, k, v, log_g, s0, z0, deg, scale, causal, normalize, form, chunk_size, return_state, implementation, save
         )  # fmt: skip
 
@@ -211,7 +216,7 @@ class PowerAttention(Function):
         # Without a graph (`create_graph`, torch.func) there is no second derivative to refuse. torch.compile has none, and
         # cannot trace a Function inside another's backward.
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        differentiate = PowerAttentionBackward.apply if twice else power_attention_backward
+        differentiate = PowerAttentionBackward.apply if twice else PowerAttentionBackward.forward
         grads = differentiate(*arrays, dy, *dstate, *ctx.options)
         present = (None if x is None else dx for x, dx in zip(arrays[:6], grads, strict=True))
         return *present, *[None] * len(ctx.options)

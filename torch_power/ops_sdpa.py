@@ -10,6 +10,7 @@ keep every element's bits).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from bridge import spec
 from bridge.spec_sdpa import SdpaCall
 from torch_power import cpp, cuda
-from torch_power.calls import Function, operator, remembered, signatures, without_autocast
+from torch_power.calls import Function, native, operator, remembered, signatures, without_autocast
 from torch_power.eager import sdpa, sdpa_reference
 from torch_power.layout import rows_like
 
@@ -78,8 +79,7 @@ def sdpa_forward(
         return out, lse, lse.new_empty(0)
 
 
-@torch.library.register_fake("torch_power::sdpa")
-def _(q, k, v, bias, mask, seed, causal, scale, dropout_p, implementation, residual=False):
+def _fake(q, k, v, bias, mask, seed, causal, scale, dropout_p, implementation, residual=False):
     b, h_q, t, _ = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     dtype = wide if SDPA[implementation].wide_output else v.dtype
@@ -114,8 +114,7 @@ def sdpa_backward(
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), lse.new_empty(0) if dbias is None else dbias.contiguous()
 
 
-@torch.library.register_fake("torch_power::sdpa_backward")
-def _(q, k, v, bias, mask, seed, out, lse, residual, dout, causal, scale, dropout_p, bias_grad, implementation):
+def _fake_backward(q, k, v, bias, mask, seed, out, lse, residual, dout, causal, scale, dropout_p, bias_grad, implementation):
     grads = (x.new_empty(x.shape) for x in (q, k, v))
     return *grads, bias.new_empty(bias.shape) if bias_grad else lse.new_empty(0)
 
@@ -141,26 +140,38 @@ def _fold(size: int, args: Any, in_dims: Any, *, whole_batch: frozenset[int] = f
     return folded
 
 
-def _fold_forward(info, in_dims, *args):
-    out, lse, residual = sdpa_forward(*_fold(info.batch_size, args, in_dims))
-    kept = residual.ndim > 1
-    parts = (x.unflatten(0, (info.batch_size, -1)) for x in (out, lse, *((residual,) if kept else ())))
-    return (*parts, *(() if kept else (residual,))), (0, 0, 0 if kept else None)
+def _fold_forward(operator: Any) -> Callable[..., Any]:
+    def rule(info, in_dims, *args):
+        out, lse, residual = operator(*_fold(info.batch_size, args, in_dims))
+        kept = residual.ndim > 1
+        parts = (x.unflatten(0, (info.batch_size, -1)) for x in (out, lse, *((residual,) if kept else ())))
+        return (*parts, *(() if kept else (residual,))), (0, 0, 0 if kept else None)
+
+    return rule
 
 
-def _fold_backward(info, in_dims, *args):
-    bias, bias_grad = args[3], args[13]
-    dq, dk, dv, dbias = sdpa_backward(*_fold(info.batch_size, args, in_dims, whole_batch=frozenset({3} if bias_grad else {})))
-    dq, dk, dv = (x.unflatten(0, (info.batch_size, -1)) for x in (dq, dk, dv))
-    if not bias_grad:
-        return (dq, dk, dv, dbias), (0, 0, 0, None)
-    dbias = dbias.unflatten(0, (info.batch_size, -1))
-    shared = bias.shape[0] == 1 if in_dims[3] is None else bias.movedim(in_dims[3], 0).shape[1] == 1
-    return (dq, dk, dv, dbias.sum(1, keepdim=True) if shared else dbias), (0, 0, 0, 0)
+def _fold_backward(operator: Any) -> Callable[..., Any]:
+    def rule(info, in_dims, *args):
+        bias, bias_grad = args[3], args[13]
+        dq, dk, dv, dbias = operator(*_fold(info.batch_size, args, in_dims, whole_batch=frozenset({3} if bias_grad else {})))
+        dq, dk, dv = (x.unflatten(0, (info.batch_size, -1)) for x in (dq, dk, dv))
+        if not bias_grad:
+            return (dq, dk, dv, dbias), (0, 0, 0, None)
+        dbias = dbias.unflatten(0, (info.batch_size, -1))
+        shared = bias.shape[0] == 1 if in_dims[3] is None else bias.movedim(in_dims[3], 0).shape[1] == 1
+        return (dq, dk, dv, dbias.sum(1, keepdim=True) if shared else dbias), (0, 0, 0, 0)
+
+    return rule
 
 
-torch.library.register_vmap("torch_power::sdpa", _fold_forward)
-torch.library.register_vmap("torch_power::sdpa_backward", _fold_backward)
+torch.library.register_fake("torch_power::sdpa", _fake)
+torch.library.register_fake("torch_power::sdpa_backward", _fake_backward)
+torch.library.register_vmap("torch_power::sdpa", _fold_forward(sdpa_forward))
+torch.library.register_vmap("torch_power::sdpa_backward", _fold_backward(sdpa_backward))
+
+# Implementations with raw operators of their own, in C++: nothing in Python between autograd and the kernels.
+FORWARD = {"cuda": native("sdpa_cuda", sdpa_forward, _fake, _fold_forward)}
+BACKWARD = {"cuda": native("sdpa_gradient_cuda", sdpa_backward, _fake_backward, _fold_backward)}
 
 
 class Sdpa(Function):
@@ -168,7 +179,8 @@ class Sdpa(Function):
 
     @staticmethod
     def forward(q, k, v, bias, mask, seed, causal, scale, dropout_p, implementation, residual):
-        return sdpa_forward(q, k, v, bias, mask, seed, causal, scale, dropout_p, implementation, residual)
+        forward = FORWARD.get(implementation, sdpa_forward)
+        return forward(q, k, v, bias, mask, seed, causal, scale, dropout_p, implementation, residual)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -182,7 +194,7 @@ class Sdpa(Function):
         saved = ctx.saved_tensors  # unpacked once: checkpointing makes them again at each access
         bias_grad = saved[3] is not None and ctx.needs_input_grad[3]
         # Without a graph (`create_graph`, torch.func) there is no second derivative to refuse.
-        differentiate = SdpaBackward.apply if torch.is_grad_enabled() else sdpa_backward
+        differentiate: Any = SdpaBackward.apply if torch.is_grad_enabled() else SdpaBackward.forward
         dq, dk, dv, dbias = differentiate(*saved, dout, ctx.causal, ctx.scale, ctx.dropout_p, bias_grad, ctx.implementation)
         return dq, dk, dv, dbias if bias_grad else None, *[None] * 7
 
@@ -193,7 +205,7 @@ class SdpaBackward(Function):
 
     @staticmethod
     def forward(q, k, v, bias, mask, seed, out, lse, residual, dout, causal, scale, dropout_p, bias_grad, implementation):
-        return sdpa_backward(
+        return BACKWARD.get(implementation, sdpa_backward)(
             q, k, v, bias, mask, seed, out, lse, residual, dout, causal, scale, dropout_p, bias_grad, implementation
         )  # fmt: skip
 

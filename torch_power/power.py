@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bridge import spec
 from torch_power import ops
-from torch_power.calls import remembered
+from torch_power.calls import remembered, transforms_active
 from torch_power.choice import CHOICE, autocast_available
 from torch_power.eager import features
 
@@ -111,7 +111,8 @@ def power_attention(
     name, call = _planned(call, implementation, CHOICE.in_force(), q.device.type)
     s0, z0 = (None, None) if initial_state is None else initial_state
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, log_g, s0, z0))
-    y, _, _, s, z = ops.PowerAttention.apply(
+    run = ops.PowerAttention.apply if save or transforms_active() else ops.PowerAttention.forward
+    y, _, _, s, z = run(
         q, k, v, log_g, s0, z0, call.deg, call.scale, call.causal, call.normalize, call.form, call.chunk_size,
         call.return_state, name, save,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bridge import spec_sdpa
 from torch_power import ops_sdpa
-from torch_power.calls import Signature, remembered, signatures
+from torch_power.calls import Signature, remembered, signatures, transforms_active
 from torch_power.choice import CHOICE, autocast_available
 from torch_power.layout import heads_last
 
@@ -75,7 +75,8 @@ def scaled_dot_product_attention(
         bias, mask = (None, operand) if attn_mask.dtype == torch.bool else (operand, None)
     seed = torch.randint(2**63 - 1, (q.shape[0],), device=q.device) if dropout_p > 0 else None
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
-    out, *_ = ops_sdpa.Sdpa.apply(
+    run = ops_sdpa.Sdpa.apply if training or transforms_active() else ops_sdpa.Sdpa.forward
+    out, *_ = run(
         q, k, v, bias, mask, seed, is_causal, plan.call.scale, dropout_p, plan.implementation, training
     )  # fmt: skip
     out = out.to(value.dtype)

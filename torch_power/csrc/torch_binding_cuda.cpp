@@ -1,5 +1,9 @@
 // The kernels for Hopper as PyTorch operators, on torch's stable ABI; compiled where nvcc is. Arguments were checked by their
-// Python callers (torch_power/cuda); what is checked here is what would read or write out of bounds.
+// Python callers; what is checked here is what would read or write out of bounds.
+//
+// power_forward_cuda, sdpa_forward_cuda, … are the kernels behind the interface that every implementation has
+// (torch_power/cuda). power_attention_cuda, sdpa_cuda, … are the raw operators of torch_power/ops.py and ops_sdpa.py once more,
+// with the same schemas, for the implementation "cuda" alone: with no Python between autograd and the kernels.
 //
 // Nothing here synchronises: outputs and workspaces come from torch's caching allocator and the work goes to the current
 // stream, so calls can be captured in a CUDA graph.
@@ -7,6 +11,8 @@
 #include "power/abi_chunked.h"
 #include "sdpa/abi_sdpa.h"
 #include "torch_binding.h"
+
+#include <string>
 
 // In torch's CUDA builds only: others load this file, and have no tensors that it could be called with.
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -128,6 +134,64 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> power_backward(
   return {dq, dk, dv, dlog_g, ds0, dz0};
 }
 
+// ---- The raw operators of power attention -----------------------------------------------------------------------------------
+
+bool chunked(const std::string &form, const Maybe &s0, bool return_state) { return form != "attention" || s0 || return_state; }
+bool empty(const Tensor &q, const Tensor &v) { return q.numel() == 0 || v.size(3) == 0; }
+Maybe contiguous(const Maybe &x) { return x ? Maybe(torch::stable::contiguous(*x)) : x; }
+
+Tensor zeros(const Tensor &like, const std::vector<int64_t> &size, ScalarType dtype) {
+  Tensor x = make(like, size, dtype);
+  return torch::stable::zero_(x);
+}
+Tensor zeros_like(const Tensor &x) {
+  Tensor y = make_like(x);
+  return torch::stable::zero_(y);
+}
+// A new tensor of x's size: a copy of `source`, or zeros without one.
+Tensor copy_or_zeros(const Maybe &source, const Tensor &x) {
+  Tensor y = make_like(x);
+  return source ? torch::stable::copy_(y, *source) : torch::stable::zero_(y);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> power_attention(const Tensor &q, const Tensor &k, const Tensor &v, const Maybe &log_g,
+                                                                   const Maybe &s0, const Maybe &z0, int64_t deg, double scale,
+                                                                   bool causal, bool normalize, std::string form, int64_t chunk_size,
+                                                                   bool return_state, std::string, bool save) {
+  const bool states = chunked(form, s0, return_state);
+  const PowerAttentionShape s = power_shape(q, k, v, deg, scale, causal, normalize, states, chunk_size);
+  Tensor nothing = make(q, {0}, ScalarType::Byte);
+  if (states && empty(q, v)) {
+    const int64_t rows = return_state ? state_rows(s.d, deg) : 0;
+    Tensor y = zeros(q, {s.b, s.t, s.h_q, s.e}, v.scalar_type()), norm = zeros(q, {s.b, s.t, s.h_q}, ScalarType::Float);
+    if (!return_state) return {y, norm, nothing, make(q, {0}, ScalarType::Float), make(q, {0}, ScalarType::Float)};
+    Tensor state = make(q, {s.b, s.h_kv, rows, s.e}, ScalarType::Float), state_norm = make(q, {s.b, s.h_kv, rows}, ScalarType::Float);
+    return {y, norm, nothing, copy_or_zeros(s0, state), copy_or_zeros(z0, state_norm)};
+  }
+  const bool keep = save && states;
+  const Tensor saved = keep ? make(q, {power_chunked_saved_sm90(&s, nullptr)}, ScalarType::Byte) : nothing;
+  // A normalised row would not notice that the scale is 0.
+  const Tensor q_used = states && scale == 0 ? zeros_like(q) : q;
+  auto [y, norm, state, state_norm] = power_forward(q_used, k, v, log_g, contiguous(s0), contiguous(z0), keep ? Maybe(saved) : Maybe(), deg,
+                                                    scale, causal, normalize, states, chunk_size, return_state);
+  return {y, norm, saved, state, state_norm};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> power_attention_gradient(
+    const Tensor &q, const Tensor &k, const Tensor &v, const Maybe &log_g, const Maybe &s0, const Maybe &z0, const Tensor &y,
+    const Tensor &norm, const Tensor &saved, const Tensor &dy, const Maybe &ds, const Maybe &dz, int64_t deg, double scale, bool causal,
+    bool normalize, std::string form, int64_t chunk_size, bool return_state, std::string, bool) {
+  const bool states = chunked(form, s0, return_state);
+  if (states && empty(q, v)) {
+    auto gradient = [&](const Maybe &source, const Maybe &x) { return x ? copy_or_zeros(source, *x) : make(q, {0}, ScalarType::Float); };
+    return {zeros_like(q), zeros_like(k), zeros_like(v), gradient({}, log_g), gradient(ds, s0), gradient(dz, z0)};
+  }
+  const Tensor q_used = states && scale == 0 ? zeros_like(q) : q;
+  return power_backward(q_used, k, v, log_g, contiguous(s0), contiguous(z0), y, torch::stable::contiguous(norm),
+                        saved.numel() ? Maybe(saved) : Maybe(), dy, contiguous(ds), contiguous(dz), deg, scale, causal, normalize, states,
+                        chunk_size);
+}
+
 // ---- Scaled dot-product attention: causal is a PowerCausal, window is [left, right] or nothing ---------------------------------
 
 typedef std::optional<std::vector<int64_t>> Window;
@@ -184,6 +248,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sdpa_backward(const Tensor &q, const 
   return {dq, dk, dv, dbias};
 }
 
+// ---- The raw operators of scaled dot-product attention ---------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> sdpa(const Tensor &q, const Tensor &k, const Tensor &v, const Maybe &bias, const Maybe &mask,
+                                        const Maybe &seed, bool causal, double scale, double dropout_p, std::string, bool residual) {
+  return sdpa_forward(q, k, v, bias, mask, seed, causal, {}, scale, dropout_p, residual);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sdpa_gradient(const Tensor &q, const Tensor &k, const Tensor &v, const Maybe &bias,
+                                                         const Maybe &mask, const Maybe &seed, const Tensor &out, const Tensor &lse,
+                                                         const Tensor &residual, const Tensor &dout, bool causal, double scale,
+                                                         double dropout_p, bool bias_grad, std::string) {
+  const Maybe rest = residual.dim() == 1 ? Maybe() : Maybe(residual);
+  return sdpa_backward(q, k, v, bias, mask, seed, out, lse, rest, dout, causal, {}, scale, dropout_p, bias_grad);
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(torch_power, m) {
   m.def(
       "power_forward_cuda(Tensor q, Tensor k, Tensor v, Tensor? log_g, Tensor? s0, Tensor? z0, Tensor(a!)? saved, int deg, float scale, "
@@ -199,6 +278,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torch_power, m) {
       "sdpa_backward_cuda(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? seed, Tensor out, Tensor lse, "
       "Tensor? residual, Tensor dout, int causal, int[]? window, float scale, float dropout_p, bool bias_grad) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "power_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor? log_g, Tensor? s0, Tensor? z0, int deg, float scale, bool causal, "
+      "bool normalize, str form, int chunk_size, bool return_state, str implementation, bool save) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "power_attention_gradient_cuda(Tensor q, Tensor k, Tensor v, Tensor? log_g, Tensor? s0, Tensor? z0, Tensor y, Tensor norm, "
+      "Tensor saved, Tensor dy, Tensor? ds, Tensor? dz, int deg, float scale, bool causal, bool normalize, str form, int chunk_size, "
+      "bool return_state, str implementation, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sdpa_cuda(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? seed, bool causal, float scale, float dropout_p, "
+      "str implementation, bool residual) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "sdpa_gradient_cuda(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? seed, Tensor out, Tensor lse, "
+      "Tensor residual, Tensor dout, bool causal, float scale, float dropout_p, bool bias_grad, str implementation) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_power, CUDA, m) {
@@ -206,6 +300,10 @@ STABLE_TORCH_LIBRARY_IMPL(torch_power, CUDA, m) {
   m.impl("power_backward_cuda", TORCH_BOX(&power_backward));
   m.impl("sdpa_forward_cuda", TORCH_BOX(&sdpa_forward));
   m.impl("sdpa_backward_cuda", TORCH_BOX(&sdpa_backward));
+  m.impl("power_attention_cuda", TORCH_BOX(&power_attention));
+  m.impl("power_attention_gradient_cuda", TORCH_BOX(&power_attention_gradient));
+  m.impl("sdpa_cuda", TORCH_BOX(&sdpa));
+  m.impl("sdpa_gradient_cuda", TORCH_BOX(&sdpa_gradient));
 }
 
 }  // namespace
