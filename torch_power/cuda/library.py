@@ -50,10 +50,14 @@ def load() -> ctypes.CDLL:
     return library
 
 
-@functools.cache
-@torch.compiler.assume_constant_result  # torch.compile cannot look at files
+@torch.compiler.assume_constant_result  # torch.compile cannot look at files, and warns of a cache
 def missing() -> str | None:
     """None when the kernels can run here, else what is missing."""
+    return _missing()
+
+
+@functools.cache
+def _missing() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device: the kernels run on a Hopper GPU"
     major, minor = torch.cuda.get_device_capability()
