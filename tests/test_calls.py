@@ -119,3 +119,23 @@ def test_threads_and_a_bound():
         thread.join()
     assert len(done) == 12 * calls.SIGNATURES and all(done)
     assert double.cache_info().currsize == calls.SIGNATURES
+
+
+@pytest.mark.parametrize(
+    ("name", "raw"),
+    [("power_attention_cuda", ops.power_attention), ("power_attention_gradient_cuda", ops.power_attention_backward),
+     ("sdpa_cuda", ops_sdpa.sdpa_forward), ("sdpa_gradient_cuda", ops_sdpa.sdpa_backward)],
+)  # fmt: skip
+def test_operators_in_cpp_have_the_schemas_of_those_they_replace(name, raw):
+    if not hasattr(torch.ops.torch_power, name):
+        pytest.skip("built without nvcc")
+    schemas = [getattr(torch.ops.torch_power, name).default._schema, raw._schema]
+    arguments = [[(x.name, str(x.type)) for x in schema.arguments] for schema in schemas]
+    results = [[str(x.type) for x in schema.returns] for schema in schemas]
+    assert arguments[0] == arguments[1] and results[0] == results[1]
+    with pytest.raises(NotImplementedError, match="CPU"):  # and no kernel but on GPUs
+        getattr(torch.ops.torch_power, name)(*(_example(x.type) for x in schemas[0].arguments))
+
+
+def _example(kind: torch.Type):
+    return {"Tensor": torch.zeros(1, 1, 1, 8), "int": 2, "float": 1.0, "bool": False, "str": "chunked"}.get(str(kind))
