@@ -174,7 +174,7 @@ def cuda_compilations(nvcc: str) -> list[Compilation]:
     ]
 
 
-def torch_compilations(cxx: str) -> list[Compilation]:
+def torch_compilations(cxx: str, with_cuda: bool) -> list[Compilation]:
     from torch.utils.cpp_extension import include_paths
 
     includes = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
@@ -182,6 +182,7 @@ def torch_compilations(cxx: str) -> list[Compilation]:
     return [
         Compilation(source, OBJECTS / f"{source.stem}.o", (cxx, *CXX_FLAGS, *defines, *includes), CXX_GIGABYTES)
         for source in sorted(CSRC.glob("torch_binding*.cpp"))
+        if with_cuda or source.stem != "torch_binding_cuda"
     ]
 
 
@@ -238,7 +239,7 @@ class BuildLibrary(build_ext):
         if nvcc is None:
             print("torch_power: CPU operators only (no nvcc, or POWER_CUDA=0)", flush=True)
         cpu, cuda = cpu_compilations(cxx, nvcc is not None), cuda_compilations(nvcc) if nvcc else []
-        binding, handlers = torch_compilations(cxx), ffi_compilations(cxx) if nvcc else []
+        binding, handlers = torch_compilations(cxx, nvcc is not None), ffi_compilations(cxx) if nvcc else []
         compile_all(cuda)
         compile_all([*cpu, *binding, *handlers])
         check_spills(cuda)

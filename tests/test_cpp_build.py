@@ -165,6 +165,14 @@ def test_binding_needs_only_the_stable_interface():
     assert {"aoti_torch_library_init_fragment", "PyModule_Create2"} <= wanted
 
 
+def test_stream_is_asked_for_where_torch_has_it():
+    """A CPU build of torch has no such function: the binding loads there because the symbol is weak."""
+    listed = subprocess.run(["nm", "-D", str(installed("_C.abi3.so"))], capture_output=True, text=True, check=True).stdout
+    found = [line.split()[0] for line in listed.splitlines() if line.endswith(" aoti_torch_get_current_cuda_stream")]
+    kernels = "power_chunked_forward_sm90" in symbols(installed("lib/libpower_kernels.so"), "--defined-only")
+    assert found == (["w"] if kernels else [])
+
+
 def test_wheel_is_small(tmp_path):
     """Both libraries as built here, compressed as a wheel is: at most 30 MB."""
     with zipfile.ZipFile(tmp_path / "libraries.zip", "w", zipfile.ZIP_DEFLATED) as archive:

@@ -102,6 +102,17 @@ def test_compile_sees_one_operator(implementation):
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("form", ["attention", "chunked"])
+def test_compile_at_other_lengths(form):
+    """The second length makes t symbolic, and with it the chunk length."""
+    torch._dynamo.reset()
+    compiled = torch.compile(torch_power.power_attention, fullgraph=True, backend="aot_eager")
+    for t in (9, 6, 700):
+        arrays = inputs(torch.float32, t=t, requires_grad=True)
+        got, want = (torch.autograd.grad(f(*arrays, form=form).sum(), arrays) for f in (compiled, torch_power.power_attention))
+        torch.testing.assert_close(got, want)
+
+
 def test_compile_step_and_block():
     q, k, v, log_g = inputs(torch.float32)
     step = torch.compile(torch_power.power_step, fullgraph=True, backend="aot_eager")

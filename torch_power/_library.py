@@ -1,6 +1,6 @@
 """The compiled library: where it is, and why not when it is not.
 
-Importing `torch_power._C` registers the C++ operators `torch.ops.torch_power.*_cpp`; it links
+Importing `torch_power._C` registers the C++ operators `torch.ops.torch_power.*_cpp` and `*_cuda`; it links
 `lib/libpower_kernels.so`, the kernels behind `csrc/abi.h`, which needs no torch and may be loaded on its own (through
 ctypes or `jax.ffi`).
 """
@@ -36,8 +36,10 @@ def _load() -> str | None:
     if not (_FOLDER / "_C.abi3.so").exists():
         return f"the compiled library is not installed; {HOW_TO_BUILD}"
     try:
+        if "POWER_KERNELS" in os.environ:
+            ctypes.CDLL(str(kernels_path()), ctypes.RTLD_GLOBAL)  # its symbols come before those of the installed library
         importlib.import_module("torch_power._C")
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         return f"the compiled library does not load ({error}); {HOW_TO_BUILD}"
     return None
 

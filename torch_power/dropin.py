@@ -119,10 +119,10 @@ def _forward_or(other: Any) -> Callable[..., Any]:
         attn_mask: Tensor | None = None,
         scale: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if not _serves(query, key, value, dropout_p, is_causal, attn_mask, scale):
+        call = _served(query, key, value, dropout_p, is_causal, attn_mask, scale)
+        if call is None:
             return other.call_boxed(keys, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
-        call, operands = _call(query, key, value, is_causal, attn_mask, scale)
-        out, lse = kernel.forward(call, *operands)
+        out, lse = kernel.forward(call, query, key, value, *_operands(attn_mask), None)
         # Strides as the operator promises them: those of query, and log-sum-exp stored [b, t, h].
         return _laid_out_like(query, out), lse.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -146,47 +146,45 @@ def _backward_or(other: Any) -> Callable[..., Any]:
         attn_mask: Tensor | None = None,
         scale: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if not _serves(query, key, value, dropout_p, is_causal, attn_mask, scale):
+        call = _served(query, key, value, dropout_p, is_causal, attn_mask, scale)
+        if call is None:
             arguments = grad_out, query, key, value, out, logsumexp, dropout_p, is_causal
             return other.call_boxed(keys, *arguments, attn_mask=attn_mask, scale=scale)
-        call, operands = _call(query, key, value, is_causal, attn_mask, scale)
         wide = out.to(getattr(torch, call.compute_dtype))
+        operands = query, key, value, *_operands(attn_mask), None
         dq, dk, dv, _ = kernel.backward(call, *operands, wide, logsumexp.contiguous(), grad_out)
         return dq, dk, dv
 
     return backward
 
 
-def _serves(
+def _served(
     query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, attn_mask: Tensor | None, scale: Any
-) -> bool:
-    """Whether our kernel takes the call. The operator draws no dropout, so one that asks for it is PyTorch's to answer."""
-    if dropout_p != 0.0 or 0 in query.shape or 0 in key.shape or not query.dtype == key.dtype == value.dtype:
-        return False
-    call, _ = _call(query, key, value, is_causal, attn_mask, scale)
+) -> spec_sdpa.SdpaCall | None:
+    """The call, if our kernel takes it. The operator draws no dropout, so one that asks for it is PyTorch's to answer."""
+    if dropout_p != 0.0 or query.numel() == 0 or key.numel() == 0 or not query.dtype == key.dtype == value.dtype:
+        return None
+    bias, mask = _operands(attn_mask)
+    scale = spec_sdpa.default_scale(query.shape[-1]) if scale is None else scale
+    call = ops_sdpa.make_call(query, key, value, bias, mask, causal=is_causal, dropout_p=0.0, bias_grad=False, scale=scale)
     supports = ops_sdpa.SDPA["cuda"].supports if query.is_cuda else kernel.supports
-    return supports(call, query.device.type) is None
+    return call if supports(call, query.device.type) is None else None
+
+
+def _operands(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The operator's mask as a bias or a mask with four axes."""
+    if attn_mask is None:
+        return None, None
+    operand = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + tuple(attn_mask.shape))
+    return (None, operand) if attn_mask.dtype == torch.bool else (operand, None)
 
 
 def _laid_out_like(like: Tensor, x: Tensor) -> Tensor:
     """`x` in the dtype and strides that a new tensor like `like`, of the same shape, has."""
+    if x.dtype == like.dtype and x.stride() == like.stride():  # ours has no gaps, so neither has `like`
+        return x
     empty = torch.empty_like(like)
     return x if x.dtype == empty.dtype and x.stride() == empty.stride() else empty.copy_(x)
-
-
-def _call(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, attn_mask: Tensor | None, scale: float | None
-) -> tuple[spec_sdpa.SdpaCall, tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]]:
-    """The operator's arguments as our kernel takes them."""
-    bias = mask = None
-    if attn_mask is not None:
-        operand = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + tuple(attn_mask.shape))
-        bias, mask = (None, operand) if attn_mask.dtype == torch.bool else (operand, None)
-    call = ops_sdpa.make_call(
-        query, key, value, bias, mask, causal=is_causal, dropout_p=0.0, bias_grad=False,
-        scale=spec_sdpa.default_scale(query.shape[-1]) if scale is None else scale,
-    )  # fmt: skip
-    return call, (query, key, value, bias, mask, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,10 +216,10 @@ def _cuda_forward_or(other: Any) -> Callable[..., Any]:
         *,
         scale: float | None = None,
     ) -> tuple[Any, ...]:
-        if return_debug_mask or not _serves(query, key, value, dropout_p, is_causal, None, scale):
+        call = None if return_debug_mask else _served(query, key, value, dropout_p, is_causal, None, scale)
+        if call is None:
             return other.call_boxed(keys, query, key, value, dropout_p, is_causal, return_debug_mask, scale=scale)
-        call, operands = _call(query, key, value, is_causal, None, scale)
-        out, lse, *_ = ops_sdpa.SDPA["cuda"].forward(call, *operands)
+        out, lse, *_ = ops_sdpa.SDPA["cuda"].forward(call, query, key, value, None, None, None)
         # Without dropout there is no random state to hand on; without sequences of several lengths, no offsets.
         seed, offset = (torch.empty(shape, dtype=torch.uint64, device=query.device) for shape in ((2,), ()))
         return _laid_out_like(query, out), lse, None, None, query.shape[2], key.shape[2], seed, offset, query.new_empty(0)
@@ -251,10 +249,11 @@ def _cuda_backward_or(other: Any) -> Callable[..., Any]:
         *,
         scale: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if cum_seq_q is not None or not _serves(query, key, value, dropout_p, is_causal, None, scale):
+        call = None if cum_seq_q is not None else _served(query, key, value, dropout_p, is_causal, None, scale)
+        if call is None:
             arguments = grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k
             return other.call_boxed(keys, *arguments, dropout_p, is_causal, philox_seed, philox_offset, scale=scale)
-        call, operands = _call(query, key, value, is_causal, None, scale)
+        operands = query, key, value, None, None, None
         grads = ops_sdpa.SDPA["cuda"].backward(call, *operands, out, logsumexp.contiguous(), grad_out)[:3]
         dq, dk, dv = (_laid_out_like(x, grad) for x, grad in zip((query, key, value), grads, strict=True))
         return dq, dk, dv

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bridge import spec
 from torch_power import cpp, cuda, eager
+from torch_power.calls import Function, native, operator, remembered, signatures, without_autocast
 
 # Best first: the first that supports a call serves it unless one is named.
 POWER: dict[str, spec.Implementation] = {
@@ -28,16 +29,29 @@ POWER: dict[str, spec.Implementation] = {
 }
 
 
+@remembered
+def _checked(
+    q: Any, k: Any, v: Any, log_g: Any, state: Any, deg: Any, scale: Any, causal: Any, normalize: Any, form: Any,
+    chunk_size: Any, return_state: Any,
+) -> spec.PowerCall:  # fmt: skip
+    return spec.check_power(
+        q, k, v, log_g, deg=deg, scale=scale, causal=causal, normalize=normalize, form=form, chunk_size=chunk_size,
+        initial_state=state, return_state=return_state,
+    )  # fmt: skip
+
+
+def check(q: Any, k: Any, v: Any, log_g: Any, state: Any, *options: Any) -> spec.PowerCall:
+    """`spec.check_power` of the arguments deg, scale, causal, normalize, form, chunk_size and return_state, in this order."""
+    state = signatures(*state) if isinstance(state, tuple) else state
+    return _checked(*signatures(q, k, v, log_g), state, *options)
+
+
 def _call(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, s0: Tensor | None, z0: Tensor | None, options: Sequence[Any]
 ) -> tuple[spec.PowerCall, spec.Implementation]:
     """Rebuild the checked call from an operator's arguments (already checked, so this raises nothing)."""
-    deg, scale, causal, normalize, form, chunk_size, return_state, implementation, _ = options
-    call = spec.check_power(
-        q, k, v, log_g, deg=deg, scale=scale, causal=causal, normalize=normalize, form=form, chunk_size=chunk_size,
-        initial_state=None if s0 is None else (s0, z0), return_state=return_state,
-    )  # fmt: skip
-    return call, POWER[implementation]
+    *numbers, implementation, _ = options
+    return check(q, k, v, log_g, None if s0 is None else (s0, z0), *numbers), POWER[implementation]
 
 
 def _present(x: Tensor | None, like: Tensor) -> Tensor:
@@ -48,15 +62,7 @@ def _buffer(saved: Tensor) -> dict[str, Tensor]:
     return {"saved": saved} if saved.numel() else {}
 
 
-def _operator(function: Callable[..., Any]) -> Any:
-    """Register `function` as the operator torch_power::<its name>, for every device, and return the operator."""
-    name = f"torch_power::{function.__name__}"
-    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
-    torch.library.impl(name, "CompositeExplicitAutograd", function)
-    return getattr(torch.ops.torch_power, function.__name__).default
-
-
-@_operator
+@operator("power_attention")
 def power_attention(
     q: Tensor,
     k: Tensor,
@@ -78,14 +84,14 @@ def power_attention(
     options = deg, scale, causal, normalize, form, chunk_size, return_state, implementation, save
     call, chosen = _call(q, k, v, log_g, s0, z0, options)
     saved = q.new_empty(chosen.saved_bytes(call) if save else 0, dtype=torch.uint8)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         y, norm, s, z = chosen.forward(call, q, k, v, log_g, s0, z0, **_buffer(saved))
     return y, norm, saved, _present(s, norm), _present(z, norm)
 
 
-@torch.library.register_fake("torch_power::power_attention")
-def _(q, k, v, log_g, s0, z0, *options):
-    call, chosen = _call(q, k, v, log_g, s0, z0, options)
+def _fake(q, k, v, log_g, s0, z0, *options):
+    # No size depends on the chunk length, which is symbolic where t is.
+    call, chosen = _call(q, k, v, log_g, s0, z0, (*options[:5], 1, *options[6:]))
     wide = getattr(torch, call.compute_dtype)
     y = q.new_empty(call.b, call.t, call.h_q, call.e, dtype=wide if chosen.wide_output else v.dtype)
     norm = q.new_empty(call.b, call.t, call.h_q, dtype=wide)
@@ -95,7 +101,7 @@ def _(q, k, v, log_g, s0, z0, *options):
     return y, norm, saved, norm.new_empty(call.b, call.h_kv, call.rows, call.e), norm.new_empty(call.b, call.h_kv, call.rows)
 
 
-@_operator
+@operator("power_attention_backward")
 def power_attention_backward(
     q: Tensor,
     k: Tensor,
@@ -122,13 +128,12 @@ def power_attention_backward(
     """dq, dk, dv, dlog_g, ds0, dz0 of a checked call; those of absent arguments have shape [0]."""
     options = deg, scale, causal, normalize, form, chunk_size, return_state, implementation, save
     call, chosen = _call(q, k, v, log_g, s0, z0, options)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         dq, dk, dv, *optional = chosen.backward(call, q, k, v, log_g, s0, z0, y, norm, dy, ds, dz, **_buffer(saved))
     return dq, dk, dv, *(_present(x, norm) for x in optional)
 
 
-@torch.library.register_fake("torch_power::power_attention_backward")
-def _(q, k, v, log_g, s0, z0, y, norm, saved, dy, ds, dz, *options):
+def _fake_backward(q, k, v, log_g, s0, z0, y, norm, saved, dy, ds, dz, *options):
     def like(x: Tensor | None) -> Tensor:
         return norm.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -159,18 +164,22 @@ def _fold_batch(operator: Any) -> Callable[..., Any]:
     return rule
 
 
+torch.library.register_fake("torch_power::power_attention", _fake)
+torch.library.register_fake("torch_power::power_attention_backward", _fake_backward)
 torch.library.register_vmap("torch_power::power_attention", _fold_batch(power_attention))
 torch.library.register_vmap("torch_power::power_attention_backward", _fold_batch(power_attention_backward))
 
+# Implementations with raw operators of their own, in C++: nothing in Python between autograd and the kernels.
+FORWARD = {"cuda": native("power_attention_cuda", power_attention, _fake, _fold_batch)}
+BACKWARD = {"cuda": native("power_attention_gradient_cuda", power_attention_backward, _fake_backward, _fold_batch)}
 
-class PowerAttentionBackward(torch.autograd.Function):
+
+class PowerAttentionBackward(Function):
     """The gradient, which has no gradient of its own."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*args):
-        return power_attention_backward(*args)
+        return BACKWARD.get(args[-2], power_attention_backward)(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -181,17 +190,16 @@ class PowerAttentionBackward(torch.autograd.Function):
         raise NotImplementedError("power_attention: second derivatives are not implemented; use jax_power, or first ones")
 
 
-class PowerAttention(torch.autograd.Function):
+class PowerAttention(Function):
     """Autograd of the two raw operators. y comes in the precision it was computed in; the caller rounds it to v's dtype."""
-
-    generate_vmap_rule = True
 
     # Every argument by name: torch.compile counts them to tell this signature from one that takes a context.
     @staticmethod
     def forward(
         q, k, v, log_g, s0, z0, deg, scale, causal, normalize, form, chunk_size, return_state, implementation, save
     ):  # fmt: skip
-        return power_attention(
+        save = save and cuda.power.KEEP_STATES
+        return FORWARD.get(implementation, power_attention)(
             q, k, v, log_g, s0, z0, deg, scale, causal, normalize, form, chunk_size, return_state, implementation, save
         )  # fmt: skip
 
@@ -206,8 +214,10 @@ class PowerAttention(torch.autograd.Function):
     def backward(ctx, dy, _norm, _saved, ds, dz):
         arrays = ctx.saved_tensors
         dstate = (ds, dz) if ctx.return_state else (None, None)
-        # torch.compile cannot trace a Function inside another's backward; it has no second derivatives to guard against.
-        differentiate = power_attention_backward if torch.compiler.is_compiling() else PowerAttentionBackward.apply
+        # Without a graph (`create_graph`, torch.func) there is no second derivative to refuse. torch.compile has none, and
+        # cannot trace a Function inside another's backward.
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        differentiate = PowerAttentionBackward.apply if twice else PowerAttentionBackward.forward
         grads = differentiate(*arrays, dy, *dstate, *ctx.options)
         present = (None if x is None else dx for x, dx in zip(arrays[:6], grads, strict=True))
         return *present, *[None] * len(ctx.options)

@@ -10,6 +10,7 @@ keep every element's bits).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from torch import Tensor
 from bridge import spec
 from bridge.spec_sdpa import SdpaCall
 from torch_power import cpp, cuda
+from torch_power.calls import Function, native, operator, remembered, signatures, without_autocast
 from torch_power.eager import sdpa, sdpa_reference
+from torch_power.layout import rows_like
 
 # Best first: the first that supports a call serves it unless one is named.
 SDPA: dict[str, spec.Implementation] = {
@@ -29,19 +32,10 @@ SDPA: dict[str, spec.Implementation] = {
 }
 
 
-def make_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    *,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    bias_grad: bool,
+@remembered
+def _call(
+    q: Any, k: Any, v: Any, bias: Any, mask: Any, causal: bool, scale: float, dropout_p: float, bias_grad: bool
 ) -> SdpaCall:
-    """The call that checked four-dimensional operands make."""
     b, h_q, t, d = q.shape
     shapes = [None if x is None else tuple(x.shape) for x in (bias, mask)]
     return SdpaCall(
@@ -50,7 +44,14 @@ def make_call(
     )  # fmt: skip
 
 
-@torch.library.custom_op("torch_power::sdpa", mutates_args=())
+def make_call(
+    q: Any, k: Any, v: Any, bias: Any, mask: Any, *, causal: bool, scale: float, dropout_p: float, bias_grad: bool
+) -> SdpaCall:
+    """The call that checked four-dimensional operands make: tensors, or their signatures."""
+    return _call(*signatures(q, k, v, bias, mask), causal, scale, dropout_p, bias_grad)
+
+
+@operator("sdpa")
 def sdpa_forward(
     q: Tensor,
     k: Tensor,
@@ -64,31 +65,30 @@ def sdpa_forward(
     implementation: str,
     residual: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out `[b, h_q, t, e]`, stored `[b, t, h_q, e]`, the log-sum-exp of every row `[b, h_q, t]`, and what rounding out left
-    over, like out, if `residual` asks for it and the implementation has it, else a tensor of shape [0].
+    """out `[b, h_q, t, e]`, stored as q is (`heads_last`), the log-sum-exp of every row `[b, h_q, t]`, and what rounding out
+    left over, like out, if `residual` asks for it and the implementation has it, else a tensor of shape [0].
 
     dout·out, which the backward pass needs, is too coarse from a rounded out where softmax is concentrated: bfloat16 q and
     k of standard deviation 8 have errors of 7e-3 in dq and dk, and 2e-3 with the residual.
     """
     call = make_call(q, k, v, bias, mask, causal=causal, scale=scale, dropout_p=dropout_p, bias_grad=False)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if residual and SDPA[implementation].residual:
             return SDPA[implementation].forward(call, q, k, v, bias, mask, seed, residual=True)
         out, lse, *_ = SDPA[implementation].forward(call, q, k, v, bias, mask, seed)
         return out, lse, lse.new_empty(0)
 
 
-@sdpa_forward.register_fake
-def _(q, k, v, bias, mask, seed, causal, scale, dropout_p, implementation, residual=False):
+def _fake(q, k, v, bias, mask, seed, causal, scale, dropout_p, implementation, residual=False):
     b, h_q, t, _ = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_empty(b, t, h_q, v.shape[3], dtype=wide if SDPA[implementation].wide_output else v.dtype)
+    dtype = wide if SDPA[implementation].wide_output else v.dtype
     lse = q.new_empty(b, h_q, t, dtype=wide)
     kept = residual and SDPA[implementation].residual
-    return out.transpose(1, 2), lse, torch.empty_like(out).transpose(1, 2) if kept else lse.new_empty(0)
+    return rows_like(q, v.shape[3], dtype), lse, rows_like(q, v.shape[3], dtype) if kept else lse.new_empty(0)
 
 
-@torch.library.custom_op("torch_power::sdpa_backward", mutates_args=())
+@operator("sdpa_backward")
 def sdpa_backward(
     q: Tensor,
     k: Tensor,
@@ -108,14 +108,13 @@ def sdpa_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dbias, contiguous; dbias has shape [0] unless `bias_grad`."""
     call = make_call(q, k, v, bias, mask, causal=causal, scale=scale, dropout_p=dropout_p, bias_grad=bias_grad)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         extra = {} if residual.ndim == 1 else {"residual": residual}
         dq, dk, dv, dbias = SDPA[implementation].backward(call, q, k, v, bias, mask, seed, out, lse, dout, **extra)
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), lse.new_empty(0) if dbias is None else dbias.contiguous()
 
 
-@sdpa_backward.register_fake
-def _(q, k, v, bias, mask, seed, out, lse, residual, dout, causal, scale, dropout_p, bias_grad, implementation):
+def _fake_backward(q, k, v, bias, mask, seed, out, lse, residual, dout, causal, scale, dropout_p, bias_grad, implementation):
     grads = (x.new_empty(x.shape) for x in (q, k, v))
     return *grads, bias.new_empty(bias.shape) if bias_grad else lse.new_empty(0)
 
@@ -141,34 +140,47 @@ def _fold(size: int, args: Any, in_dims: Any, *, whole_batch: frozenset[int] = f
     return folded
 
 
-@sdpa_forward.register_vmap
-def _(info, in_dims, *args):
-    out, lse, residual = sdpa_forward(*_fold(info.batch_size, args, in_dims))
-    kept = residual.ndim > 1
-    parts = (x.unflatten(0, (info.batch_size, -1)) for x in (out, lse, *((residual,) if kept else ())))
-    return (*parts, *(() if kept else (residual,))), (0, 0, 0 if kept else None)
+def _fold_forward(operator: Any) -> Callable[..., Any]:
+    def rule(info, in_dims, *args):
+        out, lse, residual = operator(*_fold(info.batch_size, args, in_dims))
+        kept = residual.ndim > 1
+        parts = (x.unflatten(0, (info.batch_size, -1)) for x in (out, lse, *((residual,) if kept else ())))
+        return (*parts, *(() if kept else (residual,))), (0, 0, 0 if kept else None)
+
+    return rule
 
 
-@sdpa_backward.register_vmap
-def _(info, in_dims, *args):
-    bias, bias_grad = args[3], args[13]
-    dq, dk, dv, dbias = sdpa_backward(*_fold(info.batch_size, args, in_dims, whole_batch=frozenset({3} if bias_grad else {})))
-    dq, dk, dv = (x.unflatten(0, (info.batch_size, -1)) for x in (dq, dk, dv))
-    if not bias_grad:
-        return (dq, dk, dv, dbias), (0, 0, 0, None)
-    dbias = dbias.unflatten(0, (info.batch_size, -1))
-    shared = bias.shape[0] == 1 if in_dims[3] is None else bias.movedim(in_dims[3], 0).shape[1] == 1
-    return (dq, dk, dv, dbias.sum(1, keepdim=True) if shared else dbias), (0, 0, 0, 0)
+def _fold_backward(operator: Any) -> Callable[..., Any]:
+    def rule(info, in_dims, *args):
+        bias, bias_grad = args[3], args[13]
+        dq, dk, dv, dbias = operator(*_fold(info.batch_size, args, in_dims, whole_batch=frozenset({3} if bias_grad else {})))
+        dq, dk, dv = (x.unflatten(0, (info.batch_size, -1)) for x in (dq, dk, dv))
+        if not bias_grad:
+            return (dq, dk, dv, dbias), (0, 0, 0, None)
+        dbias = dbias.unflatten(0, (info.batch_size, -1))
+        shared = bias.shape[0] == 1 if in_dims[3] is None else bias.movedim(in_dims[3], 0).shape[1] == 1
+        return (dq, dk, dv, dbias.sum(1, keepdim=True) if shared else dbias), (0, 0, 0, 0)
+
+    return rule
 
 
-class Sdpa(torch.autograd.Function):
+torch.library.register_fake("torch_power::sdpa", _fake)
+torch.library.register_fake("torch_power::sdpa_backward", _fake_backward)
+torch.library.register_vmap("torch_power::sdpa", _fold_forward(sdpa_forward))
+torch.library.register_vmap("torch_power::sdpa_backward", _fold_backward(sdpa_backward))
+
+# Implementations with raw operators of their own, in C++: nothing in Python between autograd and the kernels.
+FORWARD = {"cuda": native("sdpa_cuda", sdpa_forward, _fake, _fold_forward)}
+BACKWARD = {"cuda": native("sdpa_gradient_cuda", sdpa_backward, _fake_backward, _fold_backward)}
+
+
+class Sdpa(Function):
     """Autograd of the two raw operators. out comes in the precision it was computed in; the caller rounds it."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(q, k, v, bias, mask, seed, causal, scale, dropout_p, implementation, residual):
-        return sdpa_forward(q, k, v, bias, mask, seed, causal, scale, dropout_p, implementation, residual)
+        forward = FORWARD.get(implementation, sdpa_forward)
+        return forward(q, k, v, bias, mask, seed, causal, scale, dropout_p, implementation, residual)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -181,21 +193,19 @@ class Sdpa(torch.autograd.Function):
     def backward(ctx, dout, *_):
         saved = ctx.saved_tensors  # unpacked once: checkpointing makes them again at each access
         bias_grad = saved[3] is not None and ctx.needs_input_grad[3]
-        dq, dk, dv, dbias = SdpaBackward.apply(
-            *saved, dout, ctx.causal, ctx.scale, ctx.dropout_p, bias_grad, ctx.implementation
-        )
+        # Without a graph (`create_graph`, torch.func) there is no second derivative to refuse.
+        differentiate: Any = SdpaBackward.apply if torch.is_grad_enabled() else SdpaBackward.forward
+        dq, dk, dv, dbias = differentiate(*saved, dout, ctx.causal, ctx.scale, ctx.dropout_p, bias_grad, ctx.implementation)
         return dq, dk, dv, dbias if bias_grad else None, *[None] * 7
 
 
-class SdpaBackward(torch.autograd.Function):
+class SdpaBackward(Function):
     """The raw backward operator, wrapped because `torch.func` differentiates whatever runs inside its `grad`: it peels
     its levels off an `autograd.Function`, while it cannot enter a custom operator."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(q, k, v, bias, mask, seed, out, lse, residual, dout, causal, scale, dropout_p, bias_grad, implementation):
-        return sdpa_backward(
+        return BACKWARD.get(implementation, sdpa_backward)(
             q, k, v, bias, mask, seed, out, lse, residual, dout, causal, scale, dropout_p, bias_grad, implementation
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bridge import spec
 from torch_power import ops
+from torch_power.calls import remembered, transforms_active
 from torch_power.choice import CHOICE, autocast_available
 from torch_power.eager import features
 
@@ -106,15 +107,12 @@ def power_attention(
       NotImplementedError: no implementation asked for can serve this call (the message gives each one's reason).
     """
     q, k, v = map(_autocast, (q, k, v))
-    call = spec.check_power(
-        q, k, v, log_g, deg=deg, scale=scale, causal=causal, normalize=normalize, form=form, chunk_size=chunk_size,
-        initial_state=initial_state, return_state=return_state,
-    )  # fmt: skip
-    name = CHOICE.choose("power_attention", call, implementation, q.device.type)
-    call = ops.POWER[name].plan(call)
+    call = ops.check(q, k, v, log_g, initial_state, deg, scale, causal, normalize, form, chunk_size, return_state)
+    name, call = _planned(call, implementation, CHOICE.in_force(), q.device.type)
     s0, z0 = (None, None) if initial_state is None else initial_state
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, log_g, s0, z0))
-    y, _, _, s, z = ops.PowerAttention.apply(
+    run = ops.PowerAttention.apply if save or transforms_active() else ops.PowerAttention.forward
+    y, _, _, s, z = run(
         q, k, v, log_g, s0, z0, call.deg, call.scale, call.causal, call.normalize, call.form, call.chunk_size,
         call.return_state, name, save,
     )  # fmt: skip
@@ -169,6 +167,15 @@ def sympow(x: Float[Tensor, "... d"], deg: int) -> Float[Tensor, "... D"]:
       TypeError, ValueError: `deg` or the head size is outside what the layout allows.
     """
     return features.sympow(x, deg)
+
+
+@remembered
+def _planned(
+    call: spec.PowerCall, implementation: str | Sequence[str] | None, in_force: tuple[str, ...] | None, device: str
+) -> tuple[str, spec.PowerCall]:
+    """The name of the implementation that serves the call, and the call with what was left open chosen to suit it."""
+    name = CHOICE.choose("power_attention", call, in_force if implementation is None else implementation, device)
+    return name, ops.POWER[name].plan(call)
 
 
 def _autocast(x: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from bridge import spec_sdpa
 from torch_power import ops_sdpa
+from torch_power.calls import Signature, remembered, signatures, transforms_active
 from torch_power.choice import CHOICE, autocast_available
+from torch_power.layout import heads_last
 
 
 def scaled_dot_product_attention(
@@ -62,25 +64,26 @@ def scaled_dot_product_attention(
     if scale is not None:
         scale = spec_sdpa.check_torch_number(Tensor, "scale", scale)
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
-    spec_sdpa.check_torch(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    bias_grad = attn_mask is not None and attn_mask.requires_grad
+    options = dropout_p, is_causal, scale, enable_gqa, bias_grad, implementation, CHOICE.in_force()
+    plan = _plan(*signatures(query, key, value, attn_mask), *options)
 
-    q, k, v, leading = _four_axes(query, key, value, enable_gqa)
+    q, k, v = (_four_axes(x, plan.batch, h) for x, h in zip((query, key, value), plan.heads, strict=True))
     bias = mask = None
     if attn_mask is not None:
-        operand = _four_axes_mask(attn_mask, leading)
+        operand = attn_mask.expand(plan.mask or ()).flatten(0, -4)
         bias, mask = (None, operand) if attn_mask.dtype == torch.bool else (operand, None)
-    scale = spec_sdpa.default_scale(q.shape[-1]) if scale is None else scale
-    bias_grad = bias is not None and bias.requires_grad
-    call = ops_sdpa.make_call(q, k, v, bias, mask, causal=is_causal, scale=scale, dropout_p=dropout_p, bias_grad=bias_grad)
-    name = CHOICE.choose("scaled_dot_product_attention", call, implementation, query.device.type)
-
     seed = torch.randint(2**63 - 1, (q.shape[0],), device=q.device) if dropout_p > 0 else None
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
-    out, *_ = ops_sdpa.Sdpa.apply(q, k, v, bias, mask, seed, is_causal, scale, dropout_p, name, training)
-    out = out.to(value.dtype).reshape(*leading, *out.shape[2:])
+    run = ops_sdpa.Sdpa.apply if training or transforms_active() else ops_sdpa.Sdpa.forward
+    out, *_ = run(
+        q, k, v, bias, mask, seed, is_causal, plan.call.scale, dropout_p, plan.implementation, training
+    )  # fmt: skip
+    out = out.to(value.dtype)
     # As PyTorch's function does, keep queries stored [b, t, h, d] in that order: heads then merge without a copy.
-    heads_last = query.ndim == 4 and query.stride(1) < query.stride(2)
-    return out if heads_last else out.contiguous()
+    if query.ndim == 4 and heads_last(query):
+        return out if len(plan.leading) == 2 else out.reshape(*plan.leading, *out.shape[2:])
+    return out.contiguous().view(*plan.leading, *out.shape[2:])
 
 
 def _autocast(*arrays: Any) -> list[Any]:
@@ -92,41 +95,66 @@ def _autocast(*arrays: Any) -> list[Any]:
     return [x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype) for x in arrays]
 
 
-def _four_axes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
-    """q, k, v as `[b, heads, length, size]`, k and v with as many heads as each other, and the result's leading axes.
+class _Plan(NamedTuple):
+    """What the signature of a call decides: who serves it, and how its operands become four axes.
 
-    Axes before the heads are made equal and merged into one; heads are left as few as the broadcast allows, since every
-    implementation lets several query heads read one key-value head.
+    Axes before the heads are made equal (`batch`) and merged into one; heads of q, k and v are left as few as the broadcast
+    allows, since every implementation lets several query heads read one key-value head. `mask` is the mask's shape before that
+    merge, with axes of size 1 where it broadcasts; `leading` are the result's axes before time.
     """
-    operands = [x if x.ndim > 2 else x.unsqueeze(0) for x in (query, key, value)]
-    heads = [x.shape[-3] for x in operands]
-    batch = spec_sdpa.broadcast_shapes(
-        spec_sdpa.broadcast_shapes(operands[0].shape[:-3], operands[1].shape[:-3]), operands[2].shape[:-3]
-    )
-    h_q = heads[0] if enable_gqa else next((h for h in heads if h != 1), 1)
+
+    call: spec_sdpa.SdpaCall
+    implementation: str
+    batch: tuple[int, ...]
+    heads: tuple[int, int, int]
+    mask: tuple[int, ...] | None
+    leading: tuple[int, ...]
+
+
+@remembered
+def _plan(
+    query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool,
+    bias_grad: bool, implementation: str | Sequence[str] | None, in_force: tuple[str, ...] | None,
+) -> _Plan:  # fmt: skip
+    """Check the call and choose who serves it; of the operands, only shape, dtype and device are looked at."""
+    spec_sdpa.check_torch(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    shapes = [(1,) * (3 - len(x.shape)) + tuple(x.shape) for x in (query, key, value)]
+    batch = spec_sdpa.broadcast_shapes(spec_sdpa.broadcast_shapes(shapes[0][:-3], shapes[1][:-3]), shapes[2][:-3])
+    h_q, h_k, h_v = (shape[-3] for shape in shapes)
     if enable_gqa:
-        h_kv = heads[1] if heads[1] == heads[2] else math.lcm(heads[1], heads[2])
+        h_kv = h_k if h_k == h_v else math.lcm(h_k, h_v)
     else:
-        h_kv = 1 if heads[1:] == [1, 1] and h_q > 0 else h_q
-    wanted = (h_q, h_kv, h_kv)
-    # Only grouped-query calls whose keys and values differ in heads, both more than one, have anything to repeat.
-    operands = [
-        x if x.shape[-3] in (1, h) else x.repeat_interleave(h // x.shape[-3], -3) for x, h in zip(operands, wanted, strict=True)
-    ]
+        h_q = next((h for h in (h_q, h_k, h_v) if h != 1), 1)
+        h_kv = 1 if h_k == h_v == 1 and h_q > 0 else h_q
+    ranks = max(len(x.shape) for x in (query, key, value))
+    leading = (*batch, h_q)[-(ranks - 2) :] if ranks > 2 else ()
+
+    mask = None
+    if attn_mask is not None:
+        mask = (1,) * (max(ranks, 4) - len(attn_mask.shape)) + tuple(attn_mask.shape)
+        if ranks > 4 and math.prod(mask[:-3]) != 1:
+            mask = (*batch, *mask[-3:])
     q, k, v = (
-        x.expand(*batch, h, *x.shape[-2:]).reshape(math.prod(batch), h, *x.shape[-2:])
-        for x, h in zip(operands, wanted, strict=True)
+        Signature((math.prod(batch), h, *shape[-2:]), query.dtype, query.device)
+        for h, shape in zip((h_q, h_kv, h_kv), shapes, strict=True)
     )
-    ranks = max(query.ndim, key.ndim, value.ndim)
-    return q, k, v, (*batch, h_q)[-(ranks - 2) :] if ranks > 2 else ()
+    operand = None if mask is None else Signature((math.prod(mask[:-3]), *mask[-3:]), attn_mask.dtype, attn_mask.device)
+    bias, mask_operand = (None, operand) if operand is None or operand.dtype == torch.bool else (operand, None)
+    call = ops_sdpa.make_call(
+        q, k, v, bias, mask_operand, causal=is_causal, dropout_p=dropout_p, bias_grad=bias is not None and bias_grad,
+        scale=spec_sdpa.default_scale(query.shape[-1]) if scale is None else scale,
+    )  # fmt: skip
+    asked = in_force if implementation is None else implementation
+    name = CHOICE.choose("scaled_dot_product_attention", call, asked, query.device.type)
+    return _Plan(call, name, batch, (h_q, h_kv, h_kv), mask, leading)
 
 
-def _four_axes_mask(mask: Tensor, leading: tuple[int, ...]) -> Tensor:
-    """A mask as `[b, h_q, t, s]`, axes of size 1 kept where they broadcast."""
-    rank = max(len(leading), 2) + 2
-    mask = mask.reshape((1,) * (rank - mask.ndim) + tuple(mask.shape))
-    if rank == 4:
-        return mask
-    if math.prod(mask.shape[:-3]) == 1:
-        return mask.flatten(0, -4)
-    return mask.expand(*leading[:-1], *mask.shape[-3:]).flatten(0, -4)
+def _four_axes(x: Tensor, batch: tuple[int, ...], heads: int) -> Tensor:
+    """An operand as `[b, heads, length, size]`."""
+    shape = (math.prod(batch), heads, *x.shape[-2:])
+    if x.shape == shape:  # as nearly always: views that change nothing cost 3 µs each
+        return x
+    x = x if x.ndim > 2 else x.unsqueeze(0)
+    # Only grouped-query calls whose keys and values differ in heads, both more than one, have anything to repeat.
+    x = x if x.shape[-3] in (1, heads) else x.repeat_interleave(heads // x.shape[-3], -3)
+    return x.expand(*batch, heads, *x.shape[-2:]).reshape(shape)

@@ -240,11 +240,9 @@ def test_gradient_of_the_mask(shape, mask_dtype):
 def test_bottom_right_causal():
     """A field of the raw interface, which no public function asks for yet: key j ≤ i + t_kv − t_q."""
     q, k, v = normal(1, 2, 100, 64), normal(1, 2, 170, 64), normal(1, 2, 170, 64)
-    out = torch.empty_like(q)
-    lse = torch.empty(1, 2, 100, device="cuda")
-    shape = kernels.Shape(1, 2, 2, 100, 170, 64, 64, 0.125, 0.0, 2, 2, 0, 0, 0, 0)
-    arrays = kernels.Arrays(**{n: library.describe(x) for n, x in {"q": q, "k": k, "v": v, "out": out, "lse": lse}.items()})
-    library.run_described("sdpa_forward", shape, arrays, q.device)
+    bottom_right = 2  # PowerCausal
+    arrays = q, k, v, None, None, None
+    out, lse, _ = torch.ops.torch_power.sdpa_forward_cuda(*arrays, bottom_right, None, 0.125, 0.0, False)
     seen = torch.ones(100, 170, device="cuda", dtype=torch.bool).tril(70)
     scores = (q.double() @ k.double().mT * 0.125).masked_fill(~seen, -torch.inf)
     assert distance(out, torch.softmax(scores, -1) @ v.double(), q) <= 3e-3

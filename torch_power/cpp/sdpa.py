@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bridge.spec_sdpa import SdpaCall
 from torch_power import _library
+from torch_power.layout import rows_like
 
 
 def supports(call: SdpaCall, device: str) -> str | None:
@@ -23,7 +24,7 @@ def supports(call: SdpaCall, device: str) -> str | None:
 def forward(
     call: SdpaCall, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """out `[b, h_q, t, e]` in the compute dtype, stored `[b, t, h_q, e]`, and every row's log-sum-exp `[b, h_q, t]`."""
+    """out `[b, h_q, t, e]` in the compute dtype, stored as q is, and every row's log-sum-exp `[b, h_q, t]`."""
     options = call.causal, call.scale, call.dropout_p
     return torch.ops.torch_power.sdpa_forward_cpp(q, k, v, _wide(call, bias), mask, seed, *options)
 
@@ -58,7 +59,7 @@ if _library.missing() is None:
     def _(q, k, v, *_rest):
         b, h_q, t, _ = q.shape
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        return q.new_empty(b, t, h_q, v.shape[3], dtype=wide).transpose(1, 2), q.new_empty(b, h_q, t, dtype=wide)
+        return rows_like(q, v.shape[3], wide), q.new_empty(b, h_q, t, dtype=wide)
 
     @torch.library.register_fake("torch_power::sdpa_backward_cpp")
     def _(q, k, v, bias, mask, seed, out, lse, dout, causal, scale, dropout_p, bias_grad):

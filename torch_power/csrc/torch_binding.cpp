@@ -5,48 +5,43 @@
 namespace power_torch {
 namespace {
 
-PowerAttentionShape power_shape(const Tensor &q, const Tensor &k, const Tensor &v, int64_t deg, double scale, bool causal, bool normalize,
-                                int64_t form, int64_t chunk_size) {
-  check_cpu("q", q, 4);
-  check_cpu("k", k, 4);
-  check_cpu("v", v, 4);
-  PowerAttentionShape s = {};
-  s.b = q.size(0), s.t = q.size(1), s.h_q = q.size(2), s.d = q.size(3);
-  s.t_kv = k.size(1), s.h_kv = k.size(2), s.e = v.size(3);
-  s.chunk_size = chunk_size, s.scale = scale, s.deg = int32_t(deg), s.form = int32_t(form), s.dtype = dtype_of(q);
-  s.causal = causal, s.normalize = normalize;
-  STD_TORCH_CHECK(k.size(0) == s.b && k.size(3) == s.d, "torch_power: k does not go with q");
-  STD_TORCH_CHECK(v.size(0) == s.b && v.size(1) == s.t_kv && v.size(2) == s.h_kv, "torch_power: v does not go with k");
-  return s;
-}
+void check_cpu(const Tensor &q) { STD_TORCH_CHECK(q.is_cpu(), "torch_power: q is not on the CPU"); }
 
-int64_t state_rows(int64_t d, int64_t deg) {
-  STD_TORCH_CHECK(deg >= 1 && deg <= 4, "torch_power: a state is defined for deg 1 to 4");
-  const int64_t tile = deg <= 2 ? 8 : deg == 3 ? 4 : 2, tiles = d / tile;
-  int64_t count = 1;
-  for (int64_t m = 0; m < deg; ++m) count = count * (tiles + m) / (m + 1);
-  for (int64_t m = 0; m < deg; ++m) count *= tile;
-  return count;
-}
+// Runs kernels on the threads of torch's own parallel loops, so that torch.set_num_threads holds and nothing is oversubscribed.
+struct TorchExecutor {
+  PowerExecutor executor;
+  TorchExecutor() : executor{int32_t(torch::stable::get_num_threads()), nullptr, &run} {}
 
-void check_sizes(const char *name, const Maybe &x, std::initializer_list<int64_t> size) {
-  if (!x) return;
-  check_cpu(name, *x, int64_t(size.size()));
-  int64_t axis = 0;
-  for (int64_t n : size) {
-    STD_TORCH_CHECK(x->size(axis) == n, "torch_power: axis ", axis, " of ", name, " is ", x->size(axis), ", expected ", n);
-    ++axis;
+  static void run(void *, int64_t n, void (*body)(void *, int64_t), void *context) {
+    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(context, i);
+    });
   }
+};
+
+// Calls a pair of CPU entry points of abi.h: asks for the workspace, allocates it, runs.
+template <class Shape, class Arrays>
+void call_cpu(const Tensor &like, int64_t (*workspace_size)(const Shape *, const void *),
+              int32_t (*run)(const Shape *, const Arrays *, void *, int64_t, void *), const Shape &shape, const Arrays &arrays) {
+  TorchExecutor torch;
+  int64_t bytes = workspace_size(&shape, &torch.executor);
+  STD_TORCH_CHECK(bytes >= 0, "torch_power: ", power_last_error());
+  constexpr int64_t kAlign = 256;
+  Tensor workspace = make(like, {bytes + kAlign}, ScalarType::Byte);
+  uintptr_t base = (reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr()) + kAlign - 1) / kAlign * kAlign;
+  int32_t status = run(&shape, &arrays, reinterpret_cast<void *>(base), bytes, &torch.executor);
+  STD_TORCH_CHECK(status == POWER_OK, "torch_power: ", power_last_error());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> power_forward(const Tensor &q, const Tensor &k, const Tensor &v, const Maybe &log_g,
                                                          const Maybe &s0, const Maybe &z0, int64_t deg, double scale, bool causal,
                                                          bool normalize, int64_t form, int64_t chunk_size, bool return_state) {
+  check_cpu(q);
   PowerAttentionShape s = power_shape(q, k, v, deg, scale, causal, normalize, form, chunk_size);
   int64_t rows = return_state || s0 || z0 ? state_rows(s.d, deg) : 0;
-  check_sizes("log_g", log_g, {s.b, s.t_kv, s.h_kv});
-  check_sizes("s0", s0, {s.b, s.h_kv, rows, s.e});
-  check_sizes("z0", z0, {s.b, s.h_kv, rows});
+  check_sizes("log_g", log_g, q, {s.b, s.t_kv, s.h_kv});
+  check_sizes("s0", s0, q, {s.b, s.h_kv, rows, s.e});
+  check_sizes("z0", z0, q, {s.b, s.h_kv, rows});
   Tensor y = make(q, {s.b, s.t, s.h_q, s.e}, wide(q)), norm = make(q, {s.b, s.t, s.h_q}, wide(q));
   Tensor state = return_state ? make(q, {s.b, s.h_kv, rows, s.e}, wide(q)) : make(q, {0}, wide(q));
   Tensor state_norm = return_state ? make(q, {s.b, s.h_kv, rows}, wide(q)) : make(q, {0}, wide(q));
@@ -62,16 +57,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> power_backward(
     const Tensor &q, const Tensor &k, const Tensor &v, const Maybe &log_g, const Maybe &s0, const Maybe &z0, const Tensor &y,
     const Tensor &norm, const Tensor &dy, const Maybe &ds, const Maybe &dz, int64_t deg, double scale, bool causal, bool normalize,
     int64_t form, int64_t chunk_size) {
+  check_cpu(q);
   PowerAttentionShape s = power_shape(q, k, v, deg, scale, causal, normalize, form, chunk_size);
   int64_t rows = s0 || z0 || ds || dz ? state_rows(s.d, deg) : 0;
-  check_sizes("log_g", log_g, {s.b, s.t_kv, s.h_kv});
-  check_sizes("s0", s0, {s.b, s.h_kv, rows, s.e});
-  check_sizes("z0", z0, {s.b, s.h_kv, rows});
-  check_sizes("y", y, {s.b, s.t, s.h_q, s.e});
-  check_sizes("norm", norm, {s.b, s.t, s.h_q});
-  check_sizes("dy", dy, {s.b, s.t, s.h_q, s.e});
-  check_sizes("ds", ds, {s.b, s.h_kv, rows, s.e});
-  check_sizes("dz", dz, {s.b, s.h_kv, rows});
+  check_sizes("log_g", log_g, q, {s.b, s.t_kv, s.h_kv});
+  check_sizes("s0", s0, q, {s.b, s.h_kv, rows, s.e});
+  check_sizes("z0", z0, q, {s.b, s.h_kv, rows});
+  check_sizes("y", y, q, {s.b, s.t, s.h_q, s.e});
+  check_sizes("norm", norm, q, {s.b, s.t, s.h_q});
+  check_sizes("dy", dy, q, {s.b, s.t, s.h_q, s.e});
+  check_sizes("ds", ds, q, {s.b, s.h_kv, rows, s.e});
+  check_sizes("dz", dz, q, {s.b, s.h_kv, rows});
   auto gradient = [&](const Maybe &x) { return x ? make_like(*x) : make(q, {0}, wide(q)); };
   Tensor dq = make_like(q), dk = make_like(k), dv = make_like(v), dlog_g = gradient(log_g), ds0 = gradient(s0), dz0 = gradient(z0);
   PowerAttentionArrays a = {};
@@ -85,37 +81,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> power_backward(
   return {dq, dk, dv, dlog_g, ds0, dz0};
 }
 
-PowerSdpaShape sdpa_shape(const Tensor &q, const Tensor &k, const Tensor &v, bool causal, double scale, double dropout_p) {
-  check_cpu("q", q, 4);
-  check_cpu("k", k, 4);
-  check_cpu("v", v, 4);
-  PowerSdpaShape s = {};
-  s.b = q.size(0), s.h_q = q.size(1), s.t_q = q.size(2), s.d = q.size(3);
-  s.h_kv = k.size(1), s.t_kv = k.size(2), s.e = v.size(3);
-  s.scale = scale, s.dropout_p = dropout_p, s.dtype = dtype_of(q), s.causal = causal;
-  STD_TORCH_CHECK(k.size(0) == s.b && k.size(3) == s.d, "torch_power: k does not go with q");
-  STD_TORCH_CHECK(v.size(0) == s.b && v.size(1) == s.h_kv && v.size(2) == s.t_kv, "torch_power: v does not go with k");
-  return s;
-}
-
-// A bias or mask [b, h_q, t_q, t_kv], any axis of which may have size 1; `array` gives such an axis stride 0.
-void check_broadcast(const char *name, const Maybe &x, const PowerSdpaShape &s) {
-  if (!x) return;
-  check_cpu(name, *x, 4);
-  const int64_t full[] = {s.b, s.h_q, s.t_q, s.t_kv};
-  for (int64_t axis = 0; axis < 4; ++axis)
-    STD_TORCH_CHECK(x->size(axis) == full[axis] || x->size(axis) == 1, "torch_power: axis ", axis, " of ", name, " is ", x->size(axis),
-                    ", expected ", full[axis], " or 1");
-}
-
 std::tuple<Tensor, Tensor> sdpa_forward(const Tensor &q, const Tensor &k, const Tensor &v, const Maybe &bias, const Maybe &mask,
                                         const Maybe &seed, bool causal, double scale, double dropout_p) {
+  check_cpu(q);
   PowerSdpaShape s = sdpa_shape(q, k, v, causal, scale, dropout_p);
-  check_broadcast("bias", bias, s);
-  check_broadcast("mask", mask, s);
-  check_sizes("seed", seed, {s.b});
-  Tensor rows = make(q, {s.b, s.t_q, s.h_q, s.e}, wide(q));  // stored with heads inside, as models go on to use it
-  Tensor out = torch::stable::transpose(rows, 1, 2), lse = make(q, {s.b, s.h_q, s.t_q}, wide(q));
+  check_broadcast("bias", bias, q, s);
+  check_broadcast("mask", mask, q, s);
+  check_sizes("seed", seed, q, {s.b});
+  Tensor out = make_rows(q, s, s.e, wide(q)), lse = make(q, {s.b, s.h_q, s.t_q}, wide(q));
   PowerSdpaArrays a = {};
   a.q = array(q), a.k = array(k), a.v = array(v), a.bias = array(bias), a.mask = array(mask), a.seed = array(seed);
   a.out = array(out), a.lse = array(lse);
@@ -126,13 +99,14 @@ std::tuple<Tensor, Tensor> sdpa_forward(const Tensor &q, const Tensor &k, const 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sdpa_backward(const Tensor &q, const Tensor &k, const Tensor &v, const Maybe &bias,
                                                          const Maybe &mask, const Maybe &seed, const Tensor &out, const Tensor &lse,
                                                          const Tensor &dout, bool causal, double scale, double dropout_p, bool bias_grad) {
+  check_cpu(q);
   PowerSdpaShape s = sdpa_shape(q, k, v, causal, scale, dropout_p);
-  check_broadcast("bias", bias, s);
-  check_broadcast("mask", mask, s);
-  check_sizes("seed", seed, {s.b});
-  check_sizes("out", out, {s.b, s.h_q, s.t_q, s.e});
-  check_sizes("dout", dout, {s.b, s.h_q, s.t_q, s.e});
-  check_sizes("lse", lse, {s.b, s.h_q, s.t_q});
+  check_broadcast("bias", bias, q, s);
+  check_broadcast("mask", mask, q, s);
+  check_sizes("seed", seed, q, {s.b});
+  check_sizes("out", out, q, {s.b, s.h_q, s.t_q, s.e});
+  check_sizes("dout", dout, q, {s.b, s.h_q, s.t_q, s.e});
+  check_sizes("lse", lse, q, {s.b, s.h_q, s.t_q});
   STD_TORCH_CHECK(!bias_grad || bias, "torch_power: bias_grad without a bias");
   Tensor dq = make_like(q), dk = make_like(k), dv = make_like(v), dbias = bias_grad ? make_like(*bias) : make(q, {0}, wide(q));
   PowerSdpaArrays a = {};

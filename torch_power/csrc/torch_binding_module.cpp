@@ -3,6 +3,6 @@
 #include <Python.h>
 
 extern "C" __attribute__((visibility("default"))) PyObject *PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Registers torch.ops.torch_power.*_cpp.", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Registers torch.ops.torch_power.*_cpp and *_cuda.", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from bridge import spec
@@ -37,10 +36,8 @@ def forward(
     Arrays that the copy engine cannot address (a last axis that is not contiguous, strides that are not multiples of 16 bytes)
     are copied once.
     """
-    y = torch.empty(call.b, call.t, call.h_q, call.e, dtype=v.dtype, device=v.device)
-    norm = torch.empty(call.b, call.t, call.h_q, dtype=torch.float32, device=v.device)
-    arrays = {"q": _tileable(q), "k": _tileable(k), "v": _tileable(v), "log_g": log_g, "y": y, "norm": norm}
-    library.run("attention_quadratic_forward", call, arrays)
+    options = library.options(call, "attention")
+    y, norm, *_ = library.operator("power_forward")(q, k, v, log_g, None, None, None, *options, False)
     return y, norm, None, None
 
 
@@ -49,18 +46,6 @@ def backward(
     z0: Tensor | None, y: Tensor, norm: Tensor, dy: Tensor, ds: Tensor | None, dz: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:  # fmt: skip
     """dq, dk, dv in the dtypes of q, k, v, and dlog_g in float32. Every sum has one order: two runs give equal bits."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dlog_g = None if log_g is None else torch.empty(log_g.shape, dtype=log_g.dtype, device=log_g.device)
-    arrays = {"q": _tileable(q), "k": _tileable(k), "v": _tileable(v), "y": _tileable(y), "dy": _tileable(dy)}
-    arrays |= {"log_g": log_g, "norm": norm, "dq": dq, "dk": dk, "dv": dv, "dlog_g": dlog_g}
-    library.run("attention_quadratic_backward", call, arrays)
-    return dq, dk, dv, dlog_g, None, None
-
-
-def _tileable(x: Tensor) -> Tensor:
-    """`x`, or a contiguous copy if the copy engine cannot address it."""
-    if x.numel() == 0:
-        return x
-    strides = (stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1)
-    usable = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in strides)
-    return x if usable else x.contiguous()
+    arrays = q, k, v, log_g, None, None, y, norm, None, dy, None, None
+    dq, dk, dv, dlog_g, *_ = library.operator("power_backward")(*arrays, *library.options(call, "attention"))
+    return dq, dk, dv, None if log_g is None else dlog_g, None, None

@@ -59,14 +59,14 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
             return f"head size {name}={size}: the chunked kernels take multiples of 8 up to 128"
     if call.b * call.h_q > 65535:
         return f"b·h_q={call.b * call.h_q}: the chunked kernels take at most 65535 heads in all"
-    return _missing()
+    return library.missing()
 
 
 def saved_bytes(call: spec.PowerCall) -> int:
     """Size of the buffer `saved` of forward and backward; 0 where nothing is kept."""
     if call.form == "attention" and not (call.has_state or call.return_state):
         return 0
-    return library.saved_bytes("chunked", call) if KEEP_STATES and not _empty(call) else 0
+    return library.saved_bytes(call) if KEEP_STATES and not _empty(call) else 0
 
 
 def forward(
@@ -86,20 +86,15 @@ def forward(
     """
     if call.form == "attention" and not (call.has_state or call.return_state):
         return attention.forward(call, q, k, v, log_g, s0, z0)
-    make = _maker(q)
-    y, norm = make(call.b, call.t, call.h_q, call.e, dtype=v.dtype), make(call.b, call.t, call.h_q)
-    s = z = None
-    if call.return_state:
-        s, z = make(call.b, call.h_kv, call.rows, call.e), make(call.b, call.h_kv, call.rows)
-    s0, z0 = _contiguous(s0, z0)
     if _empty(call):
-        if s is not None:
-            s.zero_() if s0 is None else s.copy_(s0)
-            z.zero_() if z0 is None else z.copy_(z0)
-        return y, norm, s, z
-    arrays = {"q": _scaled(call, q), "k": k, "v": v, "log_g": log_g, "s0": s0, "z0": z0, "y": y, "norm": norm, "s": s, "z": z}
-    library.run("chunked_forward", call, arrays | {"saved": saved})
-    return y, norm, s, z
+        y, norm = v.new_empty(call.b, call.t, call.h_q, call.e), _zeros(q, call.b, call.t, call.h_q)
+        if not call.return_state:
+            return y, norm, None, None
+        s, z = _zeros(q, call.b, call.h_kv, call.rows, call.e), _zeros(q, call.b, call.h_kv, call.rows)
+        return y, norm, s if s0 is None else s.copy_(s0), z if z0 is None else z.copy_(z0)
+    arrays = _scaled(call, q), k, v, log_g, _contiguous(s0), _contiguous(z0), saved
+    y, norm, s, z = library.operator("power_forward")(*arrays, *library.options(call, "chunked"), call.return_state)
+    return (y, norm, s, z) if call.return_state else (y, norm, None, None)
 
 
 def backward(
@@ -123,30 +118,26 @@ def backward(
     """
     if call.form == "attention" and not (call.has_state or call.return_state):
         return attention.backward(call, q, k, v, log_g, s0, z0, y, norm, dy, ds, dz)
-    make = _maker(q)
-    gradients = [None if x is None else make(*x.shape, dtype=x.dtype) for x in (q, k, v, log_g, s0, z0)]
-    s0, z0, ds, dz = _contiguous(s0, z0, ds, dz)
+    arguments = q, k, v, log_g, s0, z0
     if _empty(call):
-        for x, source in zip(gradients, (None, None, None, None, ds, dz), strict=True):
-            if x is not None:
-                x.zero_() if source is None else x.copy_(source)
+        gradients: list[Any] = [None if x is None else x.new_zeros(x.shape) for x in arguments]
+        for dx, source in zip(gradients[4:], (ds, dz), strict=True):
+            if dx is not None and source is not None:
+                dx.copy_(source)
         return tuple(gradients)
-    arrays = {"q": _scaled(call, q), "k": k, "v": v, "log_g": log_g, "s0": s0, "z0": z0, "y": y, "norm": norm.contiguous()}
-    arrays |= {"dy": dy.to(v.dtype), "ds": ds, "dz": dz}
-    arrays |= dict(zip(("dq", "dk", "dv", "dlog_g", "ds0", "dz0"), gradients, strict=True))
-    library.run("chunked_backward", call, arrays | {"saved": saved})
-    return tuple(gradients)
+    arrays = _scaled(call, q), k, v, log_g, _contiguous(s0), _contiguous(z0), y, norm.contiguous(), saved, dy.to(v.dtype)
+    options = library.options(call, "chunked")
+    found = library.operator("power_backward")(*arrays, _contiguous(ds), _contiguous(dz), *options)
+    dq, dk, dv, *optional = (None if x is None else dx for x, dx in zip(arguments, found, strict=True))
+    return dq, dk, dv, *optional
 
 
-def _maker(like: Tensor) -> Any:
-    def make(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=like.device)
-
-    return make
+def _zeros(like: Tensor, *size: int) -> Tensor:
+    return like.new_zeros(size, dtype=torch.float32)
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.float().contiguous() for x in tensors]
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
 
 
 def _empty(call: spec.PowerCall) -> bool:
@@ -156,12 +147,3 @@ def _empty(call: spec.PowerCall) -> bool:
 def _scaled(call: spec.PowerCall, q: Tensor) -> Tensor:
     """q, or zeros for scale = 0, which a normalised row would otherwise not notice."""
     return q if call.scale else torch.zeros_like(q)
-
-
-def _missing() -> str | None:
-    """Why the kernel library cannot be used; None when it can."""
-    try:
-        library.load()
-    except ImportError as error:
-        return str(error)
-    return None

@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from bridge.spec_sdpa import SdpaCall
 from torch_power.cuda import library
 
 LARGEST_HEAD = 256
-
-
-class Shape(ctypes.Structure):
-    """PowerSdpaShape."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("b", "h_q", "h_kv", "t_q", "t_kv", "d", "e")),
-        *((name, ctypes.c_double) for name in ("scale", "dropout_p")),
-        *((name, ctypes.c_int32) for name in ("dtype", "causal", "window", "reserved")),
-        *((name, ctypes.c_int64) for name in ("window_left", "window_right")),
-    )
-
-
-class Arrays(ctypes.Structure):
-    """PowerSdpaArrays; what is not set is absent."""
-
-    _fields_ = tuple(
-        (name, library.Array)
-        for name in "q k v bias mask seed out lse dout dq dk dv dbias residual".split()
-    )  # fmt: skip
 
 
 def supports(call: SdpaCall, device: str) -> str | None:
@@ -56,21 +34,14 @@ def forward(
     call: SdpaCall, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, seed: Tensor | None,
     residual: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """out `[b, h_q, t, e]` in the dtype of v, stored `[b, t, h_q, e]`, every row's log-sum-exp `[b, h_q, t]` in float32, and,
-    if asked for, what rounding out left over, stored like out.
+    """out `[b, h_q, t, e]` in the dtype of v, stored as q is, every row's log-sum-exp `[b, h_q, t]` in float32, and, if asked
+    for, what rounding out left over, stored like out.
 
     Arrays that the copy engine cannot address (a last axis that is not contiguous, strides that are not multiples of 16 bytes)
     are copied once.
     """
-
-    def rows() -> Tensor:
-        return torch.empty(call.b, call.t, call.h_q, call.e, dtype=v.dtype, device=v.device).transpose(1, 2)
-
-    out, rest = rows(), rows() if residual else None
-    lse = torch.empty(call.b, call.h_q, call.t, dtype=torch.float32, device=q.device)
-    arrays = {"q": _tileable(q), "k": _tileable(k), "v": _tileable(v), "out": out, "lse": lse, "residual": rest}
-    _run("sdpa_forward", call, arrays | {"bias": bias, "mask": mask, "seed": seed})
-    return out, lse, rest
+    out, lse, rest = library.operator("sdpa_forward")(q, k, v, bias, mask, seed, *_options(call), residual)
+    return out, lse, rest if residual else None
 
 
 def backward(
@@ -81,40 +52,10 @@ def backward(
 
     Every sum has one order: two runs give equal bits.
     """
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dbias = torch.zeros(bias.shape, dtype=bias.dtype, device=q.device) if bias is not None and call.bias_grad else None
-    arrays = {"q": _tileable(q), "k": _tileable(k), "v": _tileable(v), "out": _tileable(out), "dout": _tileable(dout)}
-    arrays |= {"residual": None if residual is None else _tileable(residual), "lse": lse}
-    arrays |= {"bias": bias, "mask": mask, "seed": seed}
-    _run("sdpa_backward", call, arrays | {"dq": dq, "dk": dk, "dv": dv, "dbias": dbias})
-    return dq, dk, dv, dbias
+    arrays = q, k, v, bias, mask, seed, out, lse, residual, dout
+    dq, dk, dv, dbias = library.operator("sdpa_backward")(*arrays, *_options(call), call.bias_grad)
+    return dq, dk, dv, dbias if call.bias_grad else None
 
 
-def _run(operation: str, call: SdpaCall, arrays: Mapping[str, Tensor | None]) -> None:
-    """Run `operation` on the current stream of q's device."""
-    left, right = call.window or (0, 0)
-    described = {name: _describe(name, x) for name, x in arrays.items() if x is not None}
-    shape = Shape(
-        call.b, call.h_q, call.h_kv, call.t, call.s, call.d, call.e, call.scale, call.dropout_p,
-        described["q"].dtype, call.causal, call.window is not None, 0, left, right,
-    )  # fmt: skip
-    library.run_described(operation, shape, Arrays(**described), arrays["q"].device)
-
-
-def _describe(name: str, x: Tensor) -> library.Array:
-    """A tensor as a PowerArray; axes of size 1 of a mask or bias get stride 0, which is how the interface says broadcast."""
-    array = library.describe(x)
-    if name in ("bias", "mask", "dbias"):
-        for axis, size in enumerate(x.shape):
-            if size == 1:
-                array.stride[axis] = 0
-    return array
-
-
-def _tileable(x: Tensor) -> Tensor:
-    """`x`, or a contiguous copy if the copy engine cannot address it."""
-    if x.numel() == 0:
-        return x
-    strides = (stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1)
-    usable = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in strides)
-    return x if usable else x.contiguous()
+def _options(call: SdpaCall) -> tuple[int, Any, float, float]:
+    return int(call.causal), call.window, call.scale, call.dropout_p

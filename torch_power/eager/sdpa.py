@@ -22,6 +22,7 @@ from torch import Tensor
 from bridge import spec_sdpa
 from bridge.spec_sdpa import SdpaCall
 from torch_power.eager import dropout
+from torch_power.layout import rows_like
 
 # Tile of scores: the fastest of five sizes tried once with a prototype of these loops (two CPU cores, float32, d = 64,
 # t = 4096, 8 heads, a busy machine). Smaller and equal-sided ones were close; 1024 × 1024, which leaves level 3, was
@@ -46,11 +47,11 @@ def forward(
       bias: added to the scores; mask: bool, False hides a key. Both `[b, h_q, t, s]`, each axis the full size or 1.
       seed: int64 `[b]`, what dropout's random bits are made from; None without dropout.
     Returns:
-      out `[b, h_q, t, e]` (stored `[b, t, h_q, e]`) and the log-sum-exp of each row `[b, h_q, t]`, in the compute
+      out `[b, h_q, t, e]` (stored as q is) and the log-sum-exp of each row `[b, h_q, t]`, in the compute
       dtype.
     """
     wide = getattr(torch, call.compute_dtype)
-    out = q.new_empty(call.b, call.t, call.h_q, call.e, dtype=wide).transpose(1, 2)
+    out = rows_like(q, call.e, wide)
     lse = q.new_empty(call.b, call.h_q, call.t, dtype=wide)
     for heads in _head_blocks(call):
         for rows in _blocks(call.t, heads.query_rows):

@@ -9,6 +9,7 @@ from torch import Tensor
 from bridge import spec_sdpa
 from bridge.spec_sdpa import SdpaCall
 from torch_power.eager import dropout
+from torch_power.layout import rows_like
 
 
 def supports(call: SdpaCall, device: str) -> str | None:
@@ -24,7 +25,7 @@ def forward(
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - _finite(lse))
     out = (weights * _gains(call, seed, weights)) @ _per_query_head(call, v)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+    return rows_like(q, call.e, out.dtype).copy_(out), lse
 
 
 def backward(

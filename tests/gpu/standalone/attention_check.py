@@ -1,6 +1,6 @@
 """Checks the attention-form kernels against a float64 sum on the same GPU: python attention_check.py [--small] [--repeat N].
 
-Runs without the package installed: POWER_KERNELS names the library, and the repository's root is the working directory.
+The repository's root is the working directory; POWER_KERNELS names a library whose kernels come before those built there.
 Every output is taken from memory that held NaN before. Prints one line a case and exits 1 if any is over its bound.
 """
 

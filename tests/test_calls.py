@@ -1,0 +1,141 @@
+"""What a repeated call no longer does: checks, the choice of an implementation, and `inspect` run once for each signature."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import torch_power  # noqa: E402
+from bridge import spec, spec_sdpa  # noqa: E402
+from torch_power import calls, ops, ops_sdpa, power, sdpa  # noqa: E402
+
+REMEMBERED = (ops._checked, power._planned, ops_sdpa._call, sdpa._plan)
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    for function in REMEMBERED:
+        function.cache_clear()
+    yield
+    for function in REMEMBERED:
+        function.cache_clear()
+
+
+def attend(t: int = 5, **options):
+    """A call of power attention and its gradient."""
+    q, k, v = (torch.randn(1, t, 2, 8, requires_grad=True) for _ in range(3))
+    y = torch_power.power_attention(q, k, v, **options)
+    return torch.autograd.grad(y.sum(), (q, k, v))
+
+
+def attend_softmax(t: int = 5, **options):
+    """A call of scaled dot-product attention and its gradient."""
+    q, k, v = (torch.randn(1, 2, t, 8, requires_grad=True) for _ in range(3))
+    return torch.autograd.grad(torch_power.scaled_dot_product_attention(q, k, v, **options).sum(), (q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("call", "module", "checks"),
+    [(attend, spec, "check_power"), (attend_softmax, spec_sdpa, "check_torch")],
+    ids=["power", "sdpa"],
+)  # fmt: skip
+def test_once_for_each_signature(call, module, checks, monkeypatch):
+    counts = {"checks": 0, "choices": 0}
+
+    def counting(name, function):
+        def counted(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    monkeypatch.setattr(module, checks, counting("checks", getattr(module, checks)))
+    monkeypatch.setattr(spec.Choice, "choose", counting("choices", spec.Choice.choose))
+    call()
+    first = dict(counts)
+    assert first["checks"] >= first["choices"] == 1
+    call()
+    assert counts == first
+    call(t=6)  # another signature, and then another choice
+    second = dict(counts)
+    assert second == {name: 2 * n for name, n in first.items()}
+    with torch_power.implementation("eager"):
+        call(t=6)
+    assert counts["choices"] == second["choices"] + 1
+
+
+@pytest.mark.parametrize("call", [attend, attend_softmax])
+def test_signatures_of_functions_are_not_read_again(call, monkeypatch):
+    call()
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("inspect.signature at a repeated call")
+
+    monkeypatch.setattr(inspect, "signature", refuse)
+    call()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [({"deg": 2.0}, "deg=2.0: expected an integer"), ({"causal": 1}, "causal=1: expected True or False"),
+     ({"chunk_size": 4.0}, "chunk_size=4.0: expected an integer"), ({"scale": True}, "scale=True: expected a real number"),
+     ({"initial_state": [1, 2]}, "initial_state: expected a PowerState"), ({"form": "flat"}, "form='flat'"),
+     ({"implementation": "flat"}, "implementation='flat'")],
+)  # fmt: skip
+def test_what_equals_a_right_argument_is_refused_each_time(options, text):
+    attend(deg=2, causal=True, chunk_size=4, scale=1)
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            attend(**({"deg": 2, "causal": True, "chunk_size": 4, "scale": 1} | options))
+        assert text in str(caught.value)
+        assert caught.value.__context__ is None
+
+
+def test_arguments_without_a_hash():
+    assert len(attend(implementation=["eager", "cpp"])) == 3
+    assert len(attend_softmax(implementation=["eager", "cpp"])) == 3
+    with pytest.raises(TypeError, match=r"deg=\[2\]: expected an integer, got list"):
+        attend(deg=[2])
+
+
+def test_threads_and_a_bound():
+    done = []
+
+    @calls.remembered
+    def double(x: int) -> int:
+        return 2 * x
+
+    def work():
+        done.extend(double(x) == 2 * x for x in range(3 * calls.SIGNATURES))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 12 * calls.SIGNATURES and all(done)
+    assert double.cache_info().currsize == calls.SIGNATURES
+
+
+@pytest.mark.parametrize(
+    ("name", "raw"),
+    [("power_attention_cuda", ops.power_attention), ("power_attention_gradient_cuda", ops.power_attention_backward),
+     ("sdpa_cuda", ops_sdpa.sdpa_forward), ("sdpa_gradient_cuda", ops_sdpa.sdpa_backward)],
+)  # fmt: skip
+def test_operators_in_cpp_have_the_schemas_of_those_they_replace(name, raw):
+    if not hasattr(torch.ops.torch_power, name):
+        pytest.skip("built without nvcc")
+    schemas = [getattr(torch.ops.torch_power, name).default._schema, raw._schema]
+    arguments = [[(x.name, str(x.type)) for x in schema.arguments] for schema in schemas]
+    results = [[str(x.type) for x in schema.returns] for schema in schemas]
+    assert arguments[0] == arguments[1] and results[0] == results[1]
+    with pytest.raises(NotImplementedError, match="CPU"):  # and no kernel but on GPUs
+        getattr(torch.ops.torch_power, name)(*(_example(x.type) for x in schemas[0].arguments))
+
+
+def _example(kind: torch.Type):
+    return {"Tensor": torch.zeros(1, 1, 1, 8), "int": 2, "float": 1.0, "bool": False, "str": "chunked"}.get(str(kind))
