@@ -80,10 +80,9 @@ def scaled_dot_product_attention(
         q, k, v, bias, mask, seed, is_causal, plan.call.scale, dropout_p, plan.implementation, training
     )  # fmt: skip
     out = out.to(value.dtype)
+    out = out if len(plan.leading) == 2 else out.reshape(*plan.leading, *out.shape[2:])
     # As PyTorch's function does, keep queries stored [b, t, h, d] in that order: heads then merge without a copy.
-    if query.ndim == 4 and heads_last(query):
-        return out if len(plan.leading) == 2 else out.reshape(*plan.leading, *out.shape[2:])
-    return out.contiguous().view(*plan.leading, *out.shape[2:])
+    return out if query.ndim == 4 and heads_last(query) else out.contiguous()
 
 
 def _autocast(*arrays: Any) -> list[Any]:
