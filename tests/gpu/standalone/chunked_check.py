@@ -1,6 +1,6 @@
 """Correctness of the chunked kernels against float64, and times.
 
-python chunked_check.py LIBRARY [check] [small] [once] [time] [wide] [forward] [FILE.json]
+python chunked_check.py LIBRARY [check] [small] [once] [sanitize] [time] [wide] [forward] [FILE.json]
 """
 
 from __future__ import annotations
@@ -135,6 +135,13 @@ def main() -> None:
         if backward:
             driver.backward(lib, fwd, torch.randn_like(fwd.tensors["v"]))()
         torch.cuda.synchronize()
+    if "sanitize" in sys.argv:  # under compute-sanitizer: kernels of the package and no reference
+        for d in (64, 128):
+            fwd = driver.forward(lib, *driver.make(1, 600, 2, 1, d, d, state=True))
+            fwd()
+            driver.backward(lib, fwd, torch.randn_like(fwd.tensors["y"]), *(torch.randn_like(fwd.tensors[n]) for n in "sz"))()
+            torch.cuda.synchronize()
+            print(f"d = {d} done", flush=True)
     if "time" in sys.argv:
         results["time"] = [
             time_case(lib, *shape, backward=backward)

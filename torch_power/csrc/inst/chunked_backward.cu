@@ -13,7 +13,7 @@ struct BackwardWorkspace {
   Saved saved;
   unsigned *maxima; /* of dy, ds, dz */
   RowFactors rows;
-  __half *q, *dy, *k, *v, *transposed, *moment_weights; /* transposed: of k, then of q; null: dk, which is written last, is as large */
+  __half *q, *dy, *k, *v, *moment_weights, *k_moment_weights; /* the last without `saved` */
   __half *gradient_states, *gradient_moments;
   int *state_units, *moment_units;
   float2 *column;
@@ -26,9 +26,7 @@ struct BackwardWorkspace {
     rows.h_decayed = arena.take<float>(tokens), rows.delta = arena.take<float>(tokens), rows.state_weight = arena.take<float>(tokens);
     rows.state_part = arena.take<float>(tokens), rows.tile_weight = arena.take<float>(q_heads * z.tiles);
     q = arena.take<__half>(staged_count(z, q_heads, z.padded_d)), dy = arena.take<__half>(staged_count(z, q_heads, z.padded_e));
-    const bool in_dk = z.tokens == z.t && z.d == z.padded_d && z.group == 1;
-    transposed = in_dk ? nullptr : arena.take<__half>(staged_count(z, q_heads, z.padded_d));
-    moment_weights = arena.take<__half>(tokens);
+    moment_weights = arena.take<__half>(tokens), k_moment_weights = has_saved ? nullptr : arena.take<__half>(heads * z.tokens);
     const int64_t k_count = staged_count(z, heads, z.padded_d), v_count = staged_count(z, heads, z.padded_e);
     if (has_saved) { /* staged keys and values have been read when the state gradient is written */
       gradient_states = arena.take<__half>(std::max(states_count(z), k_count + v_count)), k = gradient_states, v = k == nullptr ? k : k + k_count;
@@ -50,28 +48,25 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
   const auto floats = [](const PowerArray &x) { return static_cast<float *>(x.data); };
   const Maxima maxima{x.maxima, x.maxima + heads, w.maxima, w.maxima + heads, w.maxima + 2 * heads};
   const float *s0 = floats(a.s0), *z0 = floats(a.z0);
-  __half *transposed = w.transposed != nullptr ? w.transposed : static_cast<__half *>(a.dk.data);
   const int normalize = shape.normalize;
 
   if (cudaError_t error = cudaMemsetAsync(w.maxima, 0, 3 * heads * sizeof(unsigned), stream)) return error;
   if (!shape.saved)
     if (cudaError_t error = measure<In>(shape, a, z, x, stream)) return error;
-  const PrepareBackwardParams prepare{z, make_view(a.q), make_view(a.y), make_view(a.dy), floats(a.norm), x.gates, w.rows, maxima, normalize,
+  const PrepareBackwardParams prepare{z, make_view(a.q), make_view(a.y), make_view(a.dy), floats(a.norm), x.gates, w.rows, w.q, w.moment_weights, maxima, normalize,
                                       s0 != nullptr, score_exponent(z.padded_d), float(shape.scale * shape.scale)};
-  prepare_backward_kernel<In><<<z.tiles * q_heads, PREPARE_THREADS, 0, stream>>>(prepare);
-  if (cudaError_t error = cudaGetLastError()) return error;
-  const StageParams stage_k{z, make_view(a.k), z.h_kv, z.d, maxima.k, K_RANGE, w.k, shape.saved ? nullptr : transposed, x.gates.chunk_decay,
-                            w.moment_weights, 0, nullptr};
-  const StageParams stage_v{z, make_view(a.v), z.h_kv, z.e, maxima.v, V_RANGE, w.v, nullptr, nullptr, nullptr, 0, nullptr};
-  const StageParams stage_dy{z, make_view(a.dy), z.h_q, z.e, maxima.dy, DY_RANGE, w.dy, nullptr, nullptr, nullptr, 0, w.rows.dy_scale};
-  if (cudaError_t error = stage<In>(stage_k, z.padded_d, Scaling::HEAD, stream)) return error;
-  if (cudaError_t error = stage<In>(stage_v, z.padded_e, Scaling::HEAD, stream)) return error;
-  if (cudaError_t error = stage<In>(stage_dy, z.padded_e, Scaling::HEAD, stream)) return error;
+  if (cudaError_t error = dispatch_sizes(z, [&](auto d, auto e) {
+        prepare_backward_kernel<In, d.value, e.value><<<z.tiles * q_heads, PREPARE_THREADS, 0, stream>>>(prepare);
+        return cudaGetLastError();
+      }))
+    return error;
+  const StageArray k{make_view(a.k), z.h_kv, z.d, z.padded_d, maxima.k, K_RANGE, w.k, nullptr, shape.saved ? nullptr : x.gates.chunk_decay,
+                     w.k_moment_weights};
+  const StageArray v{make_view(a.v), z.h_kv, z.e, z.padded_e, maxima.v, V_RANGE, w.v, nullptr, nullptr, nullptr};
+  const StageArray dy{make_view(a.dy), z.h_q, z.e, z.padded_e, maxima.dy, DY_RANGE, w.dy, w.rows.dy_scale, nullptr, nullptr};
+  if (cudaError_t error = stage<In>(z, {k, v, dy}, stream)) return error;
   if (!shape.saved && (z.chunks > 1 || s0 != nullptr))
-    if (cudaError_t error = update_state(forward_update(z, x, w.k, transposed, w.v, w.moment_weights, s0, z0, nullptr, nullptr), stream)) return error;
-  /* k's transposed tiles have been read: q's take their place. */
-  const StageParams stage_q{z, make_view(a.q), z.h_q, z.d, nullptr, Q_RANGE, w.q, transposed, w.rows.state_weight, w.moment_weights, 1, w.rows.q_scale};
-  if (cudaError_t error = stage<In>(stage_q, z.padded_d, Scaling::ROW, stream)) return error;
+    if (cudaError_t error = update_state(forward_update(z, x, w.k, w.v, w.k_moment_weights, s0, z0, nullptr, nullptr), stream)) return error;
   const GradientQParams gradient_q{z, make_view(a.dq), w.q, w.dy, w.k, w.v, x.states, x.moments, x.state_units, x.moment_units, x.gates, w.rows,
                                    w.moment_weights, maxima, s0 != nullptr, normalize};
   if (cudaError_t error = dispatch_sizes(z, [&](auto d, auto e) { return GradientLaunch<In, d.value, e.value>::q(gradient_q, stream); })) return error;
@@ -83,7 +78,7 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
     if (cudaError_t error = cudaGetLastError()) return error;
   }
   if (z.chunks > 1 || ds != nullptr || a.ds0.data != nullptr) {
-    const UpdateParams update{z, w.q, transposed, w.dy, w.moment_weights, z.group, 1, x.gates.chunk_sum, w.rows.tile_weight, z.chunk_tiles,
+    const UpdateParams update{z, w.q, w.dy, w.rows.state_weight, w.moment_weights, z.group, 1, x.gates.chunk_sum, w.rows.tile_weight, z.chunk_tiles,
                               w.gradient_states, w.gradient_moments, w.state_units, w.moment_units, ds, dz, floats(a.ds0), floats(a.dz0), maxima,
                               2 * Q_RANGE + DY_RANGE + 1, 2 * Q_RANGE + 7, STATE_GRADIENT_SHIFT};
     if (cudaError_t error = update_state(update, stream)) return error;
@@ -102,11 +97,6 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
   return cudaGetLastError();
 }
 
-bool contiguous(const PowerAttentionShape &s, const PowerArray &dk) {
-  return dk.stride[3] == 1 && dk.stride[2] == s.d && dk.stride[1] == s.h_kv * s.d && (s.b == 1 || dk.stride[0] == s.t * s.h_kv * s.d) &&
-         (reinterpret_cast<uintptr_t>(dk.data) & 15) == 0;
-}
-
 }  // namespace
 
 int64_t power_chunked_backward_workspace_sm90(const PowerAttentionShape *shape, const void *) {
@@ -120,7 +110,6 @@ int32_t power_chunked_backward_sm90(const PowerAttentionShape *shape, const Powe
   const Sizes z = make_sizes(*shape);
   if (const char *why = invalid(*shape, *arrays)) return power_fail(POWER_INVALID, "%s", why);
   const BackwardWorkspace w(workspace, arrays->saved.data, shape->saved, z);
-  if (w.transposed == nullptr && !contiguous(*shape, arrays->dk)) return power_fail(POWER_INVALID, "dk: must be contiguous and aligned to 16 bytes");
   if (workspace_bytes < w.arena.used() || (reinterpret_cast<uintptr_t>(workspace) & 255))
     return power_fail(POWER_WORKSPACE, "workspace: %lld bytes, %lld needed, aligned to 256", (long long)workspace_bytes, (long long)w.arena.used());
   const cudaError_t error =

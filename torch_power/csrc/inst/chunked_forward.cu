@@ -9,12 +9,12 @@ namespace {
 struct ForwardWorkspace {
   Arena arena, saved_arena;
   Saved saved;
-  __half *k, *k_transposed, *moment_weights, *v;
+  __half *k, *v, *moment_weights;
   ForwardWorkspace(void *base, void *saved_base, bool has_saved, const Sizes &z)
       : arena(base), saved_arena(saved_base), saved(has_saved ? saved_arena : arena, z) {
     const int64_t heads = int64_t(z.b) * z.h_kv;
-    k = arena.take<__half>(staged_count(z, heads, z.padded_d)), k_transposed = arena.take<__half>(staged_count(z, heads, z.padded_d));
-    v = arena.take<__half>(staged_count(z, heads, z.padded_e)), moment_weights = arena.take<__half>(heads * z.tokens);
+    k = arena.take<__half>(staged_count(z, heads, z.padded_d)), v = arena.take<__half>(staged_count(z, heads, z.padded_e));
+    moment_weights = arena.take<__half>(heads * z.tokens);
   }
 };
 
@@ -25,13 +25,12 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
   const Maxima maxima = x.forward_maxima(heads);
   const float *s0 = static_cast<const float *>(a.s0.data), *z0 = static_cast<const float *>(a.z0.data);
   if (cudaError_t error = measure<In>(shape, a, z, x, stream)) return error;
-  const StageParams stage_k{z, make_view(a.k), z.h_kv, z.d, maxima.k, K_RANGE, w.k, w.k_transposed, x.gates.chunk_decay, w.moment_weights, 0, nullptr};
-  const StageParams stage_v{z, make_view(a.v), z.h_kv, z.e, maxima.v, V_RANGE, w.v, nullptr, nullptr, nullptr, 0, nullptr};
-  if (cudaError_t error = stage<In>(stage_k, z.padded_d, Scaling::HEAD, stream)) return error;
-  if (cudaError_t error = stage<In>(stage_v, z.padded_e, Scaling::HEAD, stream)) return error;
+  const StageArray k{make_view(a.k), z.h_kv, z.d, z.padded_d, maxima.k, K_RANGE, w.k, nullptr, x.gates.chunk_decay, w.moment_weights};
+  const StageArray v{make_view(a.v), z.h_kv, z.e, z.padded_e, maxima.v, V_RANGE, w.v, nullptr, nullptr, nullptr};
+  if (cudaError_t error = stage<In>(z, {k, v}, stream)) return error;
   float *s = static_cast<float *>(a.s.data), *zs = static_cast<float *>(a.z.data);
   if (z.chunks > 1 || s0 != nullptr || s != nullptr)
-    if (cudaError_t error = update_state(forward_update(z, x, w.k, w.k_transposed, w.v, w.moment_weights, s0, z0, s, zs), stream)) return error;
+    if (cudaError_t error = update_state(forward_update(z, x, w.k, w.v, w.moment_weights, s0, z0, s, zs), stream)) return error;
   const QueryParams query{z, make_view(a.q), make_view(a.y), static_cast<float *>(a.norm.data), w.k, w.v, x.states, x.moments, x.state_units,
                           x.moment_units, x.gates, maxima, s0 != nullptr, shape.normalize, float(shape.scale * shape.scale)};
   return dispatch_sizes(z, [&](auto d, auto e) { return QueryLaunch<In, d.value, e.value>::query(query, stream); });

@@ -7,7 +7,7 @@
  *   P_ij / den_i = s~² γ h_i,   ds~_ij = 2 s~ γ h_i (<D_i, v^_j> − ΔD_i),   dq~_i = Σ_j ds~ k^_j,  dk^_j = Σ_i ds~ q~_i,  dv^_j = Σ_i P/den D_i
  * and through the state, with w_i = 2^(chunk_prefix_i) h_i:  dS = Σ w_i ψ(q~_i) D_i,  dM = −Σ w_i ΔD_i q~_i q~_iᵀ.
  *
- * prepare_backward_kernel               block (tile, query head): den, ΔD, h, l per token, range of D.
+ * prepare_backward_kernel               block (tile, query head): den, ΔD, h, l per token, range of D; writes q~.
  * gate_sums_kernel, gate_gradient_kernel  block (chunk, key-value head): dlog_g by a running sum of ½ <k, dk> − (row part).
  */
 #pragma once
@@ -23,7 +23,7 @@ constexpr int STATE_GRADIENT_SHIFT = 2 * Q_SHIFT + W_SHIFT;
 
 /* Per query head and token (padded with zeros), float32. */
 struct RowFactors {
-  float *q_scale;       /* 2^(C − l); stage_kernel replaces it by the whole factor from q to q~ */
+  float *q_scale;       /* the whole factor from q to q~ */
   float *dy_scale;      /* 1, or with normalize = 0 the row's factor on dy */
   float *h;             /* h above */
   float *h_decayed;     /* h · 2^(tile_prefix) */
@@ -39,6 +39,8 @@ struct PrepareBackwardParams {
   const float *norm;
   Gates gates;
   RowFactors rows;
+  __half *q_rows;         /* staged q~ */
+  __half *moment_weights; /* of q: 0 till gradient_q_kernel writes them */
   Maxima maxima;
   int normalize, has_state, score_exponent;
   float scale_squared;
@@ -46,69 +48,97 @@ struct PrepareBackwardParams {
 
 constexpr int PREPARE_LANES = 8, PREPARE_THREADS = 256, PREPARE_ROWS = PREPARE_THREADS / PREPARE_LANES;
 
-/* One tile, in two steps: PREPARE_LANES neighbouring lanes to a row, 16 bytes each at a time, for what a whole row gives; then a thread to a row. */
-template <typename In>
+/* One tile, in three steps: PREPARE_LANES neighbouring lanes to a row, 16 bytes each at a time, for what a whole row gives; a thread to a row; and
+ * again lanes to a row for q~, from what the first step read. */
+template <typename In, int PADDED_D, int PADDED_E>
 __global__ void __launch_bounds__(PREPARE_THREADS) prepare_backward_kernel(const __grid_constant__ PrepareBackwardParams p) {
-  __shared__ float dots[TILE], dy_ranges[TILE], q_ranges[TILE], largest_smem[TILE / 32], weight_smem[TILE / 32];
-  const int heads = p.z.b * p.z.h_q, tile = blockIdx.x / heads, head = blockIdx.x % heads, batch = head / p.z.h_q, own = head % p.z.h_q, kv = batch * p.z.h_kv + own / p.z.group;
+  constexpr int PASSES = TILE / PREPARE_ROWS, PIECES = PADDED_D / 8 / PREPARE_LANES, E_PIECES = PADDED_E / 8 / PREPARE_LANES;
+  __shared__ float dots[TILE], dy_ranges[TILE], q_factors[TILE], largest_smem[TILE / 32], weight_smem[TILE / 32];
+  const int heads = p.z.b * p.z.h_q, tile = blockIdx.x / heads, head = blockIdx.x % heads;
+  const int batch = head / p.z.h_q, own = head % p.z.h_q, kv = batch * p.z.h_kv + own / p.z.group;
   const int part = threadIdx.x % PREPARE_LANES;
+  uint4 q[PASSES][PIECES], y[PASSES][E_PIECES], dy[PASSES][E_PIECES];
+  const auto load = [&](const View &x, int token, int i, int columns) { /* all before any is used */
+    if (token >= p.z.t) return make_uint4(0, 0, 0, 0);
+    return load_piece<In>(x, batch * x.batch + token * x.time + own * x.head, (part + i * PREPARE_LANES) * 8, columns);
+  };
 #pragma unroll
-  for (int row = threadIdx.x / PREPARE_LANES; row < TILE; row += PREPARE_ROWS) {
-    const int token = tile * TILE + row;
+  for (int pass = 0; pass < PASSES; pass++) {
+    const int token = tile * TILE + threadIdx.x / PREPARE_LANES + pass * PREPARE_ROWS;
+#pragma unroll
+    for (int i = 0; i < E_PIECES; i++) y[pass][i] = load(p.y, token, i, p.z.e), dy[pass][i] = load(p.dy, token, i, p.z.e);
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) q[pass][i] = load(p.q, token, i, p.z.d);
+  }
+  const int own_token = tile * TILE + threadIdx.x; /* of the second step: what it reads is under way during the first */
+  const int64_t at = int64_t(head) * p.z.tokens + own_token, gate = int64_t(kv) * p.z.tokens + own_token;
+  float den = 0.f, chunk_prefix = 0.f, tile_prefix = 0.f;
+  if (threadIdx.x < TILE) {
+    if (own_token < p.z.t) den = p.norm[(int64_t(batch) * p.z.t + own_token) * p.z.h_q + own];
+    chunk_prefix = p.gates.chunk_prefix[gate], tile_prefix = p.gates.tile_prefix[gate];
+  }
+#pragma unroll
+  for (int pass = 0; pass < PASSES; pass++) {
+    const int row = threadIdx.x / PREPARE_LANES + pass * PREPARE_ROWS;
     float dot = 0.f, dy_largest = 0.f, q_largest = 0.f;
-    if (token < p.z.t) {
-      for (int column = part * 8; column < p.z.e; column += PREPARE_LANES * 8) {
-        const uint4 y = load_piece<In>(p.y, batch * p.y.batch + token * p.y.time + own * p.y.head, column, p.z.e);
-        const uint4 dy = load_piece<In>(p.dy, batch * p.dy.batch + token * p.dy.time + own * p.dy.head, column, p.z.e);
-        const uint32_t *a = &y.x, *b = &dy.x;
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-          const float2 u = Pair<In>::unpack(a[j]), v = Pair<In>::unpack(b[j]);
-          dot += u.x * v.x + u.y * v.y;
-        }
-        dy_largest = fmaxf(dy_largest, largest_of<In>(dy));
+    for (int i = 0; i < E_PIECES; i++) {
+      const uint32_t *a = &y[pass][i].x, *b = &dy[pass][i].x;
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float2 u = Pair<In>::unpack(a[j]), v = Pair<In>::unpack(b[j]);
+        dot += u.x * v.x + u.y * v.y;
       }
-      if (!p.normalize)
-        for (int column = part * 8; column < p.z.d; column += PREPARE_LANES * 8)
-          q_largest = fmaxf(q_largest, largest_of<In>(load_piece<In>(p.q, batch * p.q.batch + token * p.q.time + own * p.q.head, column, p.z.d)));
+      dy_largest = fmaxf(dy_largest, largest_of<In>(dy[pass][i]));
     }
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) q_largest = fmaxf(q_largest, largest_of<In>(q[pass][i]));
 #pragma unroll
     for (int offset = PREPARE_LANES / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(~0u, dot, offset);
     dy_largest = group_max<PREPARE_LANES>(dy_largest), q_largest = group_max<PREPARE_LANES>(q_largest);
-    if (part == 0) dots[row] = dot, dy_ranges[row] = dy_largest, q_ranges[row] = q_largest;
+    if (part == 0) dots[row] = dot, dy_ranges[row] = dy_largest, q_factors[row] = row_factor(q_largest);
   }
   __syncthreads();
-  if (threadIdx.x >= TILE) return;
-  const int token = tile * TILE + threadIdx.x;
-  const int64_t at = int64_t(head) * p.z.tokens + token, gate = int64_t(kv) * p.z.tokens + token;
-  const float den = token < p.z.t ? p.norm[(int64_t(batch) * p.z.t + token) * p.z.h_q + own] : 0.f;
-  float dy_scale = den > 0.f ? 1.f : 0.f;
-  if (!p.normalize) {
-    const float undo = 1.f / row_factor(q_ranges[threadIdx.x]);
-    const int k_exponent = scaling_exponent(p.maxima.k[kv], K_RANGE);
-    dy_scale = den * power_of_two(-2 * k_exponent - p.score_exponent) * undo * undo * p.scale_squared;
-  }
-  const int l = den > 0.f ? max((ilogbf(den) - p.score_exponent) >> 1, Q_SHIFT - 12) : 0;
-  const float h = den > 0.f ? power_of_two(2 * (l - Q_SHIFT) + p.score_exponent) / den : 0.f;
-  const float decay = exp2f(p.gates.chunk_prefix[gate]);
-  const bool used = tile >= p.z.chunk_tiles || p.has_state; /* the first chunk's gradient only goes to an initial state */
-  /* w q~² < 2^15, or the update's float16 features overflow: reached only by rows nearly orthogonal to all they remember */
-  const float range = power_of_two(15 - 2 * (Q_RANGE + Q_SHIFT - l));
-  p.rows.q_scale[at] = power_of_two(Q_SHIFT - l);
-  p.rows.dy_scale[at] = dy_scale;
-  p.rows.h[at] = h;
-  p.rows.h_decayed[at] = h * exp2f(p.gates.tile_prefix[gate]);
-  p.rows.delta[at] = dots[threadIdx.x];
-  p.rows.state_weight[at] = used ? fminf(decay * h * power_of_two(STATE_GRADIENT_SHIFT), range) : 0.f;
-  const float largest = group_max<32>(dy_ranges[threadIdx.x] * fabsf(dy_scale));
-  float weight = used && den > 0.f ? decay * power_of_two(p.score_exponent + STATE_GRADIENT_SHIFT) / den : 0.f;
+  if (threadIdx.x < TILE) {
+    float dy_scale = den > 0.f ? 1.f : 0.f;
+    if (!p.normalize) {
+      const float undo = 1.f / q_factors[threadIdx.x];
+      const int k_exponent = scaling_exponent(p.maxima.k[kv], K_RANGE);
+      dy_scale = den * power_of_two(-2 * k_exponent - p.score_exponent) * undo * undo * p.scale_squared;
+    }
+    const int l = den > 0.f ? max((ilogbf(den) - p.score_exponent) >> 1, Q_SHIFT - 12) : 0;
+    const float h = den > 0.f ? power_of_two(2 * (l - Q_SHIFT) + p.score_exponent) / den : 0.f;
+    const float decay = exp2f(chunk_prefix);
+    const bool used = tile >= p.z.chunk_tiles || p.has_state; /* the first chunk's gradient only goes to an initial state */
+    /* w q~² < 2^15, or the update's float16 features overflow: reached only by rows nearly orthogonal to all they remember */
+    const float range = power_of_two(15 - 2 * (Q_RANGE + Q_SHIFT - l));
+    const float q_factor = q_factors[threadIdx.x] * power_of_two(Q_SHIFT - l);
+    q_factors[threadIdx.x] = q_factor, p.rows.q_scale[at] = q_factor;
+    p.moment_weights[at] = __float2half(0.f);
+    p.rows.dy_scale[at] = dy_scale;
+    p.rows.h[at] = h;
+    p.rows.h_decayed[at] = h * exp2f(tile_prefix);
+    p.rows.delta[at] = dots[threadIdx.x];
+    p.rows.state_weight[at] = used ? fminf(decay * h * power_of_two(STATE_GRADIENT_SHIFT), range) : 0.f;
+    const float largest = group_max<32>(dy_ranges[threadIdx.x] * fabsf(dy_scale));
+    float weight = used && den > 0.f ? decay * power_of_two(p.score_exponent + STATE_GRADIENT_SHIFT) / den : 0.f;
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) weight += __shfl_xor_sync(~0u, weight, offset);
-  if (threadIdx.x % 32 == 0) largest_smem[threadIdx.x / 32] = largest, weight_smem[threadIdx.x / 32] = weight;
-  named_barrier_sync(CONSUMERS, TILE);
-  if (threadIdx.x == 0) {
-    atomicMax(p.maxima.dy + kv, __float_as_uint(fmaxf(largest_smem[0], largest_smem[1])));
-    p.rows.tile_weight[int64_t(head) * p.z.tiles + tile] = weight_smem[0] + weight_smem[1];
+    for (int offset = 16; offset > 0; offset /= 2) weight += __shfl_xor_sync(~0u, weight, offset);
+    if (threadIdx.x % 32 == 0) largest_smem[threadIdx.x / 32] = largest, weight_smem[threadIdx.x / 32] = weight;
+    named_barrier_sync(CONSUMERS, TILE);
+    if (threadIdx.x == 0) {
+      atomicMax(p.maxima.dy + kv, __float_as_uint(fmaxf(largest_smem[0], largest_smem[1])));
+      p.rows.tile_weight[int64_t(head) * p.z.tiles + tile] = weight_smem[0] + weight_smem[1];
+    }
+  }
+  __syncthreads();
+  char *out = reinterpret_cast<char *>(p.q_rows + (int64_t(head) * p.z.tiles + tile) * (TILE * PADDED_D));
+#pragma unroll
+  for (int pass = 0; pass < PASSES; pass++) {
+    const int row = threadIdx.x / PREPARE_LANES + pass * PREPARE_ROWS;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++)
+      *reinterpret_cast<uint4 *>(out + i * TILE_BYTES + swizzled(row, part)) = to_half<In>(q[pass][i], q_factors[row]);
   }
 }
 

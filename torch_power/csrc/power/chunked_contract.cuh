@@ -109,33 +109,40 @@ struct Contraction {
 /* Consumers: over an even number of pairs, `start(set)` begins and commits the products of the next pair, U in u[set]; when they have ended, `release()`
  * frees the pair's slot and U is contracted. With two sets the first pair's U is used while the second's products run; the second's leave
  * the matrix unit to the other warpgroup, and what a contraction reads is fetched before its wait. U carried over the loop's end would hide that too,
- * but ptxas then serialises every product (warning C7514). Wide heads have registers for one set, and none for fetching early. */
-template <int SETS, class Contraction, class Start, class Release>
+ * but ptxas then serialises every product (warning C7514). Where registers are for one set, other warpgroups fill the matrix unit meanwhile. Of each start's
+ * groups of products the last BEHIND do not give U and may run on while it is contracted. */
+template <int SETS, int BEHIND, class Contraction, class Start, class Release>
 __device__ __forceinline__ void contract_pairs(int pairs, Contraction &contraction, float (&u)[SETS][32], const Lane &at, Start start, Release release) {
   using First = std::integral_constant<int, 0>;
   using Second = std::integral_constant<int, SETS - 1>;
   auto finish = [&](auto set, bool real) {
     pin(u[set.value]);
     release();
-    if (SETS == 1) contraction.fetch(at);
     if (real) contraction.add(u[set.value], at);
   };
+  if constexpr (SETS == 1) {
 #pragma unroll 1
-  for (int pair = 0; pair < pairs; pair += 2) {
-    start(First{});
-    if constexpr (SETS == 2) {
-      start(Second{});
+    for (int pair = 0; pair < (pairs + 1) / 2 * 2; pair++) {
+      start(First{});
       contraction.fetch(at);
-      wgmma_wait<1>();
-      finish(First{}, true);
-      contraction.fetch(at);
-    } else {
-      wgmma_wait<0>();
-      finish(First{}, true);
-      start(Second{});
+      wgmma_wait<BEHIND>();
+      pin(u[0]);
+      if (pair < pairs) contraction.add(u[0], at);
+      if (BEHIND > 0) wgmma_wait<0>();
+      release();
     }
-    wgmma_wait<0>();
-    finish(Second{}, pair + 1 < pairs);
+  } else {
+#pragma unroll 1
+    for (int pair = 0; pair < pairs; pair += 2) {
+      start(First{});
+      start(Second{});
+      contraction.fetch(at);
+      wgmma_wait<1 + BEHIND>();
+      finish(First{}, true);
+      contraction.fetch(at);
+      wgmma_wait<0>();
+      finish(Second{}, pair + 1 < pairs);
+    }
   }
 }
 

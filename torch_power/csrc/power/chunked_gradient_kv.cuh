@@ -1,7 +1,7 @@
 /* gradient_kv_kernel: dk and dv for a block of keys, through the state gradient behind the chunk and through the chunk, and ½ <k, dk> for
  * the gates (scaling: chunked_backward.cuh).
  *
- * Work item: 128 rows of a chunk, one key-value head (RowBlock). Two consumer warpgroups of 64 rows each, one loading warp.
+ * Work item: a row block of a chunk, one key-value head (RowBlock). Consumer warpgroups of 64 rows each (tiles.h), one loading warp.
  *   1. keys and values come from the caller's arrays, as k^ and v^ into shared memory; moments: dx ← 2 2^(units) K^ dM, into the dx slots;
  *   2. per pair of the state gradient dS, one tile for two products: dv^ += φ(K^) dS (as in the query), dx += contraction of dS with V^;
  *   3. dk^, dv^ ← chunk_decay times these; then every query head of the group, query tiles from the diagonal on:
@@ -29,11 +29,12 @@ struct GradientKVParams {
 
 template <int PADDED_D, int PADDED_E>
 struct GradientKVTiles {
-  static constexpr int D_TILES = PADDED_D / 64, E_TILES = PADDED_E / 64, ROWS = 128;
+  static constexpr int D_TILES = PADDED_D / 64, E_TILES = PADDED_E / 64, GROUPS = gradient_warpgroups(PADDED_D, PADDED_E), ROWS = GROUPS * TILE;
   static constexpr int STAGE_BYTES = (D_TILES + E_TILES) * TILE_BYTES + 1024;
-  static constexpr int ROWS_BYTES = 2 * (D_TILES + E_TILES) * TILE_BYTES, SLOTS_BYTES = 2 * Contraction<PADDED_D>::BYTES;
+  static constexpr int ROWS_BYTES = GROUPS * (D_TILES + E_TILES) * TILE_BYTES, SLOTS_BYTES = GROUPS * Contraction<PADDED_D>::BYTES;
   static constexpr int STAGES = STAGE_BYTES > 24576 + 1024 ? 2 : STAGE_BYTES > 17408 ? 4 : 6;
   static constexpr int SMEM_BYTES = 1024 + ROWS_BYTES + STAGES * STAGE_BYTES + SLOTS_BYTES + Ring<STAGES>::BYTES;
+  static constexpr int SETS = D_TILES + E_TILES > 2 || GROUPS > 2 ? 1 : 2; /* of contract_pairs */
 };
 
 /* From s~ (rows j, columns i) and <v^, D>: P/den 2^P_SHIFT and ds~ 2^DS_SHIFT as A fragments. `row_factors` hold 2^P_SHIFT and, off the diagonal, the
@@ -73,7 +74,7 @@ __device__ __forceinline__ void key_gradients(const float (&s)[COLUMNS / 2], con
 }
 
 template <typename In, int PADDED_D, int PADDED_E>
-__global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_constant__ GradientKVParams p) {
+__global__ void __launch_bounds__(threads(GradientKVTiles<PADDED_D, PADDED_E>::GROUPS), 1) gradient_kv_kernel(const __grid_constant__ GradientKVParams p) {
   using T = GradientKVTiles<PADDED_D, PADDED_E>;
   constexpr int D_TILES = T::D_TILES, E_TILES = T::E_TILES;
   extern __shared__ uint8_t smem_raw[];
@@ -83,16 +84,16 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
 
   const RowBlock block(p.z, blockIdx.x, T::ROWS, false);
   if (block.empty) return;
-  const int heads = p.z.b * p.z.h_kv, group = threadIdx.x >> 7;
+  const int heads = p.z.b * p.z.h_kv, group = __shfl_sync(~0u, int(threadIdx.x) >> 7, 0);
   if (threadIdx.x == 0) {
-    ring.init(8);
+    ring.init(4 * T::GROUPS);
     mbarrier_init_fence();
   }
   __syncthreads();
 
-  if (group == 2) {
-    registers_lower<40>();
-    if (threadIdx.x == 256) {
+  if (group == T::GROUPS) {
+    registers_lower<loader_registers(T::GROUPS)>();
+    if (threadIdx.x == 128 * T::GROUPS) {
       RingPosition<T::STAGES> at;
       auto fill = [&](const void *source, int bytes) {
         ring.acquire(at, bytes);
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
       }
     }
   } else {
-    registers_raise<232>();
+    registers_raise<consumer_registers(T::GROUPS)>();
     RingPosition<T::STAGES> at;
     const Lane lane;
     const int chunk = block.chunk, kv = block.head, first_tile = block.first_tile, own_tile = first_tile + group;
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
     const int64_t k_tile = int64_t(kv) * p.z.tiles + chunk * p.z.chunk_tiles;
     const bool has_state = chunk < p.z.chunks - 1 || p.has_state;
     const uint32_t k_rows = rows_smem + group * D_TILES * TILE_BYTES;
-    const uint32_t v_rows = rows_smem + (2 * D_TILES + group * E_TILES) * TILE_BYTES;
+    const uint32_t v_rows = rows_smem + (T::GROUPS * D_TILES + group * E_TILES) * TILE_BYTES;
     const int64_t k_row = (k_tile + own_tile) * TILE + row;
     const int batch = kv / p.z.h_kv, own = kv % p.z.h_kv, token = chunk * p.z.chunk + own_tile * TILE;
     const WarpRows<In, PADDED_D> own_k(p.k, batch * p.k.batch + own * p.k.head, token, p.z.t, p.z.d);
@@ -182,14 +183,14 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
 #pragma unroll
           for (int r = 0; r < 2; r++) contraction.slot(lane, r, n) = make_float2(dk[4 * n + 2 * r] * unit, dk[4 * n + 2 * r + 1] * unit);
       }
-      uint32_t a[D_TILES + E_TILES > 2 ? 1 : 2][4][4];
-      constexpr int SETS = D_TILES + E_TILES > 2 ? 1 : 2;
+      constexpr int SETS = T::SETS;
+      uint32_t a[SETS][4][4];
       float u[SETS][32];
       RowOperand<E_TILES> v(v_rows, lane);
       contraction.load_j(lane);
       PairWalk next; /* the pair whose products start next */
       RingPosition<T::STAGES> done = at;
-      contract_pairs<SETS>(
+      contract_pairs<SETS, 1>(
           p.z.pairs, contraction, u, lane,
           [&](auto half) {
             uint32_t(&fragments)[4][4] = a[half.value];
@@ -205,6 +206,7 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
             pin(dv);
             wgmma_fence();
             v.times_state(u[half.value], state.smem);
+            wgmma_commit();
 #pragma unroll
             for (int s = 0; s < 4; s++) Wgmma<PADDED_E, __half>::template rs<K_MAJOR>(dv, fragments[s], state.features(s), 1);
             wgmma_commit();
@@ -240,18 +242,19 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
     /* Inside the chunk. */
     {
       const float delta_factor = p.normalize ? power_of_two(dy_exponent) * power_of_two(v_exponent) : 0.f;
-      constexpr int COLUMNS = D_TILES + E_TILES > 2 ? 32 : 64; /* queries at a time: wide accumulators leave registers for 32 */
-      float s[COLUMNS / 2], dp[COLUMNS / 2], reach[2];
-      uint32_t weights[COLUMNS / 16][4], ds[COLUMNS / 16][4];
+      float reach[2];
       const uint64_t k_a = matrix_descriptor(k_rows), v_a = matrix_descriptor(v_rows);
       auto attend_tile = [&](auto diagonal_constant, int64_t q_tile, int tile) {
         constexpr bool DIAGONAL = decltype(diagonal_constant)::value;
+        constexpr int COLUMNS = D_TILES + E_TILES > 2 || (DIAGONAL && T::GROUPS > 2) ? 32 : 64; /* queries at a time, as registers allow */
         ring.wait(at);
-        const uint32_t queries = stages_smem + at.slot * T::STAGE_BYTES, dy = queries + D_TILES * TILE_BYTES, factors = dy + E_TILES * TILE_BYTES;
+        const uint32_t queries = uniform(stages_smem + at.slot * T::STAGE_BYTES), dy = queries + D_TILES * TILE_BYTES, factors = dy + E_TILES * TILE_BYTES;
         const uint64_t q_b = matrix_descriptor(queries, 1024, TILE_BYTES), dy_b = matrix_descriptor(dy, 1024, TILE_BYTES); /* of both majors */
         if constexpr (DIAGONAL) reach[0] = reach[1] = float(1 << P_SHIFT);
 #pragma unroll
         for (int column = 0; column < TILE; column += COLUMNS) {
+          float s[COLUMNS / 2], dp[COLUMNS / 2]; /* of this pass: declared outside, they would be kept from one to the next */
+          uint32_t weights[COLUMNS / 16][4], ds[COLUMNS / 16][4];
           pin(s);
           pin(dp);
           wgmma_fence();
@@ -302,6 +305,7 @@ __global__ void __launch_bounds__(384, 1) gradient_kv_kernel(const __grid_consta
       for (int member = 0; member < p.z.group; member++) {
         const int64_t q_tile = int64_t(kv * p.z.group + member) * p.z.tiles + chunk * p.z.chunk_tiles;
         int tile = first_tile;
+#pragma unroll 1
         for (; tile < min(own_tile, query_tiles); tile++) { /* queries before all of this warpgroup's rows */
           ring.wait(at);
           ring.release(at.slot);

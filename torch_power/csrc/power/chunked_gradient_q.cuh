@@ -1,6 +1,6 @@
 /* gradient_q_kernel: dq for a block of queries, through the state before the chunk and through the chunk (scaling: chunked_backward.cuh).
  *
- * Work item: 128 rows of a chunk, one query head (RowBlock). Two consumer warpgroups of 64 rows each, one loading warp.
+ * Work item: a row block of a chunk, one query head (RowBlock). Consumer warpgroups of 64 rows each (tiles.h), one loading warp.
  *   1. moments: dx ← −2 ΔD_i 2^(units) Q~ M, into the dx slots;          2. state: dx += contraction of S with D (chunked_contract.cuh);
  *   3. dq~ ← 2^(chunk_prefix) h 2^(unit) dx, then from the diagonal key tile backwards: S = Q~ K^ᵀ, D V^ᵀ, ds~ from both in registers,
  *      dq~ += ds~ K^;          4. ΔD is corrected to what these sums say it is.
@@ -26,9 +26,9 @@ struct GradientQParams {
 
 template <int PADDED_D, int PADDED_E>
 struct GradientQTiles {
-  static constexpr int D_TILES = PADDED_D / 64, E_TILES = PADDED_E / 64, ROWS = 128;
+  static constexpr int D_TILES = PADDED_D / 64, E_TILES = PADDED_E / 64, GROUPS = gradient_warpgroups(PADDED_D, PADDED_E), ROWS = GROUPS * TILE;
   static constexpr int STAGE_BYTES = (D_TILES + E_TILES) * TILE_BYTES + 1024;
-  static constexpr int ROWS_BYTES = 2 * (D_TILES + E_TILES) * TILE_BYTES, SLOTS_BYTES = 2 * Contraction<PADDED_D>::BYTES;
+  static constexpr int ROWS_BYTES = GROUPS * (D_TILES + E_TILES) * TILE_BYTES, SLOTS_BYTES = GROUPS * Contraction<PADDED_D>::BYTES;
   static constexpr int STAGES = STAGE_BYTES > 24576 + 1024 ? 2 : STAGE_BYTES > 17408 ? 4 : 6;
   static constexpr int SMEM_BYTES = 1024 + ROWS_BYTES + STAGES * STAGE_BYTES + SLOTS_BYTES + Ring<STAGES>::BYTES + 16;
 };
@@ -93,7 +93,7 @@ __device__ __forceinline__ void exact_mean(float (&delta)[2], const float (&s)[3
 }
 
 template <typename Out, int PADDED_D, int PADDED_E>
-__global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constant__ GradientQParams p) {
+__global__ void __launch_bounds__(threads(GradientQTiles<PADDED_D, PADDED_E>::GROUPS), 1) gradient_q_kernel(const __grid_constant__ GradientQParams p) {
   using T = GradientQTiles<PADDED_D, PADDED_E>;
   constexpr int D_TILES = T::D_TILES, E_TILES = T::E_TILES;
   extern __shared__ uint8_t smem_raw[];
@@ -104,17 +104,17 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
 
   const RowBlock block(p.z, blockIdx.x, T::ROWS, true);
   if (block.empty) return;
-  const int heads = p.z.b * p.z.h_kv, group = threadIdx.x >> 7;
+  const int heads = p.z.b * p.z.h_kv, group = __shfl_sync(~0u, int(threadIdx.x) >> 7, 0);
   if (threadIdx.x == 0) {
-    ring.init(8);
+    ring.init(4 * T::GROUPS);
     mbarrier_init(rows_full, 1);
     mbarrier_init_fence();
   }
   __syncthreads();
 
-  if (group == 2) {
-    registers_lower<40>();
-    if (threadIdx.x == 256) {
+  if (group == T::GROUPS) {
+    registers_lower<loader_registers(T::GROUPS)>();
+    if (threadIdx.x == 128 * T::GROUPS) {
       RingPosition<T::STAGES> at;
       auto fill = [&](const void *source, int bytes) {
         ring.acquire(at, bytes);
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
       const int64_t q_tile = int64_t(block.head) * p.z.tiles + chunk * p.z.chunk_tiles + block.first_tile;
       const int64_t k_tile = int64_t(kv) * p.z.tiles + chunk * p.z.chunk_tiles;
       mbarrier_expect(rows_full, T::ROWS_BYTES);
-      bulk_load(rows_smem, p.q + q_tile * D_TILES * 4096, 2 * D_TILES * TILE_BYTES, rows_full);
-      bulk_load(rows_smem + 2 * D_TILES * TILE_BYTES, p.dy + q_tile * E_TILES * 4096, 2 * E_TILES * TILE_BYTES, rows_full);
+      bulk_load(rows_smem, p.q + q_tile * D_TILES * 4096, T::GROUPS * D_TILES * TILE_BYTES, rows_full);
+      bulk_load(rows_smem + T::GROUPS * D_TILES * TILE_BYTES, p.dy + q_tile * E_TILES * 4096, T::GROUPS * E_TILES * TILE_BYTES, rows_full);
       if (chunk > 0 || p.has_state) {
         const __half *moments = p.moments + int64_t(chunk * heads + kv) * D_TILES * D_TILES * 4096;
         for (int i = 0; i < D_TILES; i++) fill(moments + i * D_TILES * 4096, D_TILES * TILE_BYTES);
@@ -143,15 +143,15 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
       }
     }
   } else {
-    registers_raise<232>();
+    registers_raise<consumer_registers(T::GROUPS)>();
     RingPosition<T::STAGES> at;
     const Lane lane;
-    const int chunk = block.chunk, kv = block.head / p.z.group, last_tile = block.first_tile + 1, own_tile = block.first_tile + group;
+    const int chunk = block.chunk, kv = block.head / p.z.group, last_tile = block.first_tile + T::GROUPS - 1, own_tile = block.first_tile + group;
     const int row = lane.warp * 16 + lane.group;
     const int64_t q_tile = int64_t(block.head) * p.z.tiles + chunk * p.z.chunk_tiles, k_tile = int64_t(kv) * p.z.tiles + chunk * p.z.chunk_tiles;
     const bool has_state = chunk > 0 || p.has_state;
     const uint32_t q_rows = rows_smem + group * D_TILES * TILE_BYTES;
-    const uint32_t dy_rows = rows_smem + (2 * D_TILES + group * E_TILES) * TILE_BYTES;
+    const uint32_t dy_rows = rows_smem + (T::GROUPS * D_TILES + group * E_TILES) * TILE_BYTES;
     const int64_t q_row = (q_tile + own_tile) * TILE + row, k_row = (k_tile + own_tile) * TILE + row;
     const int dy_exponent = scaling_exponent(p.maxima.dy[kv], DY_RANGE), v_exponent = scaling_exponent(p.maxima.v[kv], V_RANGE);
     float h[2], delta[2], chunk_decay[2], row_prefix[2], dq[PADDED_D / 2];
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
       float u[SETS][32];
       contraction.load_j(lane);
       RingPosition<T::STAGES> done = at;
-      contract_pairs<SETS>(
+      contract_pairs<SETS, 0>(
           p.z.pairs, contraction, u, lane,
           [&](auto half) {
             ring.wait(at);
@@ -236,11 +236,12 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
     const float first_delta[2] = {delta[0], delta[1]}; /* what the state's part was computed with */
     /* Inside the chunk. reach: 2 h 2^(decay from a key tile's end to the row). */
     {
-      float s[32], dp[32], reach[2] = {2.f * h[0], 2.f * h[1]};
-      uint32_t ds[4][4];
+      float reach[2] = {2.f * h[0], 2.f * h[1]};
       const uint64_t q_a = matrix_descriptor(q_rows);
       auto attend_tile = [&](auto diagonal_constant, int tile) {
         constexpr bool DIAGONAL = decltype(diagonal_constant)::value;
+        float s[32], dp[32]; /* of this tile: declared outside, they would be kept from one to the next */
+        uint32_t ds[4][4];
         ring.wait(at);
         const uint64_t k_b = matrix_descriptor(stages_smem + at.slot * T::STAGE_BYTES);
         const uint32_t keys = stages_smem + at.slot * T::STAGE_BYTES, values = keys + D_TILES * TILE_BYTES, factors = values + E_TILES * TILE_BYTES;
@@ -286,6 +287,7 @@ __global__ void __launch_bounds__(384, 1) gradient_q_kernel(const __grid_constan
         at.advance();
       };
       int tile = last_tile;
+#pragma unroll 1
       for (; tile > own_tile; tile--) { /* keys after all of this warpgroup's rows */
         ring.wait(at);
         ring.release(at.slot);

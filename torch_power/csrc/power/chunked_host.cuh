@@ -1,6 +1,7 @@
 /* Host side shared by the chunked entry points: workspaces, dispatch over dtype and padded head sizes. */
 #pragma once
 #include <cuda_runtime.h>
+#include <initializer_list>
 #include "chunked_backward.cuh"
 #include "chunked_gradient_kv.cuh"
 #include "chunked_gradient_q.cuh"
@@ -91,16 +92,16 @@ cudaError_t dispatch_dtype(int dtype, F f) {
   return dtype == POWER_BFLOAT16 ? f(__nv_bfloat16{}) : f(__half{});
 }
 
+/* Stages up to STAGE_ARRAYS arrays in one launch. */
 template <typename In>
-cudaError_t stage(const StageParams &p, int padded, Scaling scaling, cudaStream_t stream) {
-  const int grid = p.z.tiles * p.z.b * p.heads;
-  if (scaling == Scaling::HEAD) {
-    if (padded == 64) stage_kernel<In, 64, Scaling::HEAD><<<grid, STAGE_THREADS, 0, stream>>>(p);
-    else stage_kernel<In, 128, Scaling::HEAD><<<grid, STAGE_THREADS, 0, stream>>>(p);
-  } else {
-    if (padded == 64) stage_kernel<In, 64, Scaling::ROW><<<grid, STAGE_THREADS, 0, stream>>>(p);
-    else stage_kernel<In, 128, Scaling::ROW><<<grid, STAGE_THREADS, 0, stream>>>(p);
+cudaError_t stage(const Sizes &z, std::initializer_list<StageArray> arrays, cudaStream_t stream) {
+  StageParams p{z, {}, {}};
+  int blocks = 0, number = 0;
+  for (const StageArray &a : arrays) {
+    blocks += z.tiles * (TILE * a.padded / 8 / STAGE_PIECES) * z.b * a.heads;
+    p.arrays[number] = a, p.blocks[number++] = blocks;
   }
+  stage_kernel<In><<<blocks, STAGE_THREADS, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -111,7 +112,7 @@ cudaError_t measure(const PowerAttentionShape &shape, const PowerAttentionArrays
   if (cudaError_t error = cudaMemsetAsync(x.maxima, 0, 4 * heads * sizeof(unsigned), stream)) return error;
   const MeasureParams params{z, make_view(a.k), make_view(a.v), make_view(a.log_g), static_cast<float *>(a.s0.data),
                              static_cast<float *>(a.z0.data), x.gates, x.forward_maxima(heads)};
-  measure_kernel<In><<<z.chunks * (z.chunk / MEASURE_ROWS) * heads, MEASURE_THREADS, 0, stream>>>(params);
+  measure_kernel<In><<<z.chunks * (z.chunk / z.measure_rows) * heads, MEASURE_THREADS, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
@@ -119,9 +120,9 @@ inline cudaError_t update_state(const UpdateParams &p, cudaStream_t stream) {
   return dispatch_sizes(p.z, [&](auto d, auto e) { return UpdateLaunch<d.value, e.value>::update(p, stream); });
 }
 /* The states before every chunk, from staged keys and values. */
-inline UpdateParams forward_update(const Sizes &z, const Saved &x, const __half *k, const __half *k_transposed, const __half *v,
-                                   const __half *moment_weights, const float *s0, const float *z0, float *s, float *z_last) {
-  return UpdateParams{z, k, k_transposed, v, moment_weights, 1, 0, x.gates.chunk_sum, x.gates.chunk_weight, 1, x.states, x.moments, x.state_units,
+inline UpdateParams forward_update(const Sizes &z, const Saved &x, const __half *k, const __half *v, const __half *moment_weights, const float *s0,
+                                   const float *z0, float *s, float *z_last) {
+  return UpdateParams{z, k, v, x.gates.chunk_decay, moment_weights, 1, 0, x.gates.chunk_sum, x.gates.chunk_weight, 1, x.states, x.moments, x.state_units,
                       x.moment_units, s0, z0, s, z_last, x.forward_maxima(int64_t(z.b) * z.h_kv), 2 * K_RANGE + V_RANGE + 1, 2 * K_RANGE, 0};
 }
 

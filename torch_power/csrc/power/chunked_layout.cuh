@@ -5,8 +5,8 @@
  * so  s^ = <q^, k^>,  num^ = Σ s^² γ v^ · 2^PS,  den^ = Σ s^² γ · 2^PS,  y = num^ / den^ · 2^−ν   with PS = score_exponent(d).
  *
  * Staged operands, tiles of 64 tokens, 128-byte swizzle, zero outside t, d and e, so that no kernel masks loads:
- *   rows:  [head][tile][⌈d/64⌉][64 tokens][64]        transposed:  [head][tile][64⌈d/64⌉ rows of d][64 tokens], times a weight per token,
- *   not swizzled, tokens in the order in which a lane of an A fragment needs them (token_order)
+ *   [head][tile][⌈d/64⌉][64 tokens][64]
+ * Weights per token in token_order: the order in which a lane of an A fragment needs them.
  * States before each chunk (behind it, for gradients), the B operands of the query: tile pair (I ≤ J) number J(J+1)/2 + I
  *   [chunk][head][pair][β][e padded to 64][α]  in units 2^σ, multiplicity folded in, without swizzle: eight by eight matrices of 128 bytes, whose
  *   columns (β, α) are feature x[8I + α] x[8J + β];  moments (normaliser) [chunk][head][⌈d/64⌉²][64][64]
@@ -46,6 +46,7 @@ struct Sizes {
   int b, t, h_q, h_kv, d, e;
   int group, chunk, chunks, tiles, chunk_tiles; /* chunk_tiles · chunks = tiles */
   int pairs, feature_tiles, padded_d, padded_e;
+  int measure_rows; /* of a block of measure_kernel: divides the chunk */
   int64_t tokens; /* per head, padded: 64 · tiles */
 };
 
@@ -56,6 +57,7 @@ inline Sizes make_sizes(const PowerAttentionShape &s) {
   z.chunk = chunk_length(s.t, z.d, z.e);
   z.chunks = (z.t + z.chunk - 1) / z.chunk;
   z.chunk_tiles = z.chunk / TILE, z.tiles = z.chunks * z.chunk_tiles, z.tokens = int64_t(z.tiles) * TILE;
+  z.measure_rows = z.chunk % 256 == 0 ? 256 : 192;
   z.feature_tiles = z.d / FEATURE_TILE, z.pairs = z.feature_tiles * (z.feature_tiles + 1) / 2;
   z.padded_d = z.d <= 64 ? 64 : 128, z.padded_e = z.e <= 64 ? 64 : 128;
   return z;
@@ -167,15 +169,19 @@ __device__ __forceinline__ float quad_sum(float x) {
 struct RowBlock {
   int chunk, first_tile, head; /* first_tile: within the chunk */
   bool empty;
-  /* `later_first`: rows late in a chunk meet most (queries); otherwise early ones do (keys). */
+  /* `later_first`: rows late in a chunk meet most (queries); otherwise early ones do (keys). A chunk's last block may reach beyond it. */
   __device__ __forceinline__ RowBlock(const Sizes &z, int item, int rows, bool later_first) {
-    const int blocks = z.chunk / rows, order = item / z.chunks % blocks;
+    const int blocks = in_chunk(z, rows), order = item / z.chunks % blocks;
     chunk = item % z.chunks, head = item / (z.chunks * blocks);
     first_tile = (later_first ? blocks - 1 - order : order) * (rows / TILE);
     empty = chunk * z.chunk + first_tile * TILE >= z.t;
   }
-  static __host__ __device__ int count(const Sizes &z, int heads, int rows) { return z.chunks * (z.chunk / rows) * heads; }
+  static __host__ __device__ int count(const Sizes &z, int heads, int rows) { return z.chunks * in_chunk(z, rows) * heads; }
+  static __host__ __device__ int in_chunk(const Sizes &z, int rows) { return (z.chunk + rows - 1) / rows; }
 };
+
+/* A value that is the same in all lanes, which the compiler then knows: descriptors made from it need no moves to uniform registers. */
+__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
 
 /* Where a thread sits in its warpgroup's fragments. */
 struct Lane {

@@ -2,7 +2,8 @@
  *   num_i = 2^(chunk_prefix_i) ψ(q^_i) S  +  Σ_{j ≤ i in the chunk} P_ij v^_j,    P_ij = s^_ij² γ_ij 2^PS
  *   den_i = 2^(chunk_prefix_i) q^_iᵀ M q^_i  +  Σ P_ij,                            y_i = num_i / den_i · 2^−ν
  *
- * Work item: a row block of a chunk, one query head (RowBlock). Two consumer warpgroups with ROW_TILES tiles of 64 queries each, one loading warp.
+ * Work item: a row block of a chunk, one query head (RowBlock). Consumer warpgroups with 64 queries each, one loading warp (four where
+ * registers allow: 0.45 ms at the flagship where two with 128 queries each took 0.48).
  *   1. consumers bring their queries in, scale each row by a power of two and keep it as float16 in shared memory;
  *   2. normaliser from the moments: Q^ M, dotted with Q^ in registers;
  *   3. state: A = q^[8J + β] · q^[8I + α] in registers, B = the state tile as update_state_kernel wrote it;
@@ -28,9 +29,9 @@ struct QueryParams {
 
 template <int PADDED_D, int PADDED_E>
 struct QueryTiles {
-  static constexpr int D_TILES = PADDED_D / 64, E_TILES = PADDED_E / 64, ROW_TILES = query_row_tiles(PADDED_D, PADDED_E);
+  static constexpr int D_TILES = PADDED_D / 64, E_TILES = PADDED_E / 64, GROUPS = query_warpgroups(PADDED_D, PADDED_E);
   static constexpr int SCORE_EXPONENT = score_exponent(PADDED_D);
-  static constexpr int ROWS = 2 * ROW_TILES * TILE, ROW_HALVES = D_TILES > E_TILES ? D_TILES : E_TILES;
+  static constexpr int ROWS = GROUPS * TILE, ROW_HALVES = D_TILES > E_TILES ? D_TILES : E_TILES;
   static constexpr int STAGE_BYTES = (D_TILES + E_TILES) * TILE_BYTES + 1024; /* and TILE_FACTORS */
   static constexpr int STAGES = STAGE_BYTES > 32768 ? 4 : STAGE_BYTES > 17408 ? 6 : 8;
   static constexpr int ROWS_BYTES = ROWS * 128 * ROW_HALVES;
@@ -120,9 +121,9 @@ __device__ __forceinline__ float row_lift(float den_so_far, float row_prefix, bo
 }
 
 template <typename In, int PADDED_D, int PADDED_E>
-__global__ void __launch_bounds__(384, 1) query_kernel(const __grid_constant__ QueryParams p) {
+__global__ void __launch_bounds__(threads(QueryTiles<PADDED_D, PADDED_E>::GROUPS), 1) query_kernel(const __grid_constant__ QueryParams p) {
   using T = QueryTiles<PADDED_D, PADDED_E>;
-  constexpr int D_TILES = T::D_TILES, E_TILES = T::E_TILES, ROW_TILES = T::ROW_TILES, PS = T::SCORE_EXPONENT;
+  constexpr int D_TILES = T::D_TILES, E_TILES = T::E_TILES, PS = T::SCORE_EXPONENT;
   extern __shared__ uint8_t smem_raw[];
   const uint32_t rows_smem = (smem_address(smem_raw) + 1023) & ~1023u, stages_smem = rows_smem + T::ROWS_BYTES;
   const Ring<T::STAGES> ring{stages_smem + T::STAGES * T::STAGE_BYTES};
@@ -131,23 +132,23 @@ __global__ void __launch_bounds__(384, 1) query_kernel(const __grid_constant__ Q
 
   const RowBlock block(p.z, blockIdx.x, T::ROWS, true);
   if (block.empty) return;
-  const int heads = p.z.b * p.z.h_kv, group = threadIdx.x >> 7;
+  const int heads = p.z.b * p.z.h_kv, group = __shfl_sync(~0u, int(threadIdx.x) >> 7, 0);
   if (threadIdx.x == 0) {
-    ring.init(8);
+    ring.init(4 * T::GROUPS);
     mbarrier_init_fence();
   }
   __syncthreads();
 
-  if (group == 2) {
-    registers_lower<40>();
-    if (threadIdx.x == 256) {
+  if (group == T::GROUPS) {
+    registers_lower<loader_registers(T::GROUPS)>();
+    if (threadIdx.x == 128 * T::GROUPS) {
       RingPosition<T::STAGES> at;
       auto fill = [&](const void *source, int bytes) {
         ring.acquire(at, bytes);
         bulk_load(stages_smem + at.slot * T::STAGE_BYTES, source, bytes, ring.full(at.slot));
         at.advance();
       };
-      const int chunk = block.chunk, kv = block.head / p.z.group, last_tile = block.first_tile + T::ROWS / TILE - 1;
+      const int chunk = block.chunk, kv = block.head / p.z.group, last_tile = min(block.first_tile + T::GROUPS, p.z.chunk_tiles) - 1;
       const int64_t chunk_tile = int64_t(kv) * p.z.tiles + chunk * p.z.chunk_tiles;
       if (chunk > 0 || p.has_state) {
         const __half *moments = p.moments + int64_t(chunk * heads + kv) * D_TILES * D_TILES * 4096;
@@ -165,78 +166,73 @@ __global__ void __launch_bounds__(384, 1) query_kernel(const __grid_constant__ Q
       }
     }
   } else {
-    registers_raise<232>();
+    registers_raise<consumer_registers(T::GROUPS)>();
     RingPosition<T::STAGES> at;
     const Lane lane;
     const int row = lane.warp * 16 + lane.group;
     const int chunk = block.chunk, kv = block.head / p.z.group;
-    const int first_tile = block.first_tile, last_tile = first_tile + T::ROWS / TILE - 1;
+    const int first_tile = block.first_tile, last_tile = min(first_tile + T::GROUPS, p.z.chunk_tiles) - 1;
     const int64_t chunk_tile = int64_t(kv) * p.z.tiles + chunk * p.z.chunk_tiles;
     const bool has_state = chunk > 0 || p.has_state;
-    float acc[ROW_TILES][PADDED_E / 2], den[ROW_TILES][2];
-    const int own_tile = first_tile + group * ROW_TILES; /* row tiles own_tile … own_tile + ROW_TILES − 1 of the chunk */
-    uint32_t q_tile[ROW_TILES];
-#pragma unroll
-    for (int m = 0; m < ROW_TILES; m++) {
-      q_tile[m] = rows_smem + (group * ROW_TILES + m) * T::ROW_HALVES * TILE_BYTES;
-      stage_queries<In, PADDED_D>(p.q, block.head / p.z.h_q * p.q.batch + block.head % p.z.h_q * p.q.head,
-                                  chunk * p.z.chunk + (own_tile + m) * TILE, p.z.t, p.z.d, q_tile[m],
-                                  unscale + (group * ROW_TILES + m) * TILE);
-      den[m][0] = den[m][1] = 0.f;
-#pragma unroll
-      for (int i = 0; i < PADDED_E / 2; i++) acc[m][i] = 0.f;
+    const int own_tile = first_tile + group; /* of the chunk */
+    if (own_tile > last_tile) { /* nothing of the chunk is left for this warpgroup, whose releases the ring counts on */
+      const int slots = (has_state ? D_TILES + p.z.pairs : 0) + last_tile + 1;
+#pragma unroll 1
+      for (int i = 0; i < slots; i++) {
+        ring.wait(at);
+        ring.release(at.slot);
+        at.advance();
+      }
+      return;
     }
+    const uint32_t q_tile = rows_smem + group * T::ROW_HALVES * TILE_BYTES;
+    float acc[PADDED_E / 2], den[2] = {0.f, 0.f};
+    stage_queries<In, PADDED_D>(p.q, block.head / p.z.h_q * p.q.batch + block.head % p.z.h_q * p.q.head, chunk * p.z.chunk + own_tile * TILE, p.z.t,
+                                p.z.d, q_tile, unscale + group * TILE);
+#pragma unroll
+    for (int i = 0; i < PADDED_E / 2; i++) acc[i] = 0.f;
     fence_proxy_async();                       /* the score products read the queries through the matrix unit, */
-    named_barrier_sync(CONSUMER + group, 128); /* all 64 rows of each tile */
+    named_barrier_sync(CONSUMER + group, 128); /* all 64 rows */
 
     if (has_state) {
       /* Loads that the end of this part needs are started here: there each would be waited for. */
       const float state_factor = power_of_two(p.state_units[chunk * heads + kv] + PS);
       const float moment_factor = power_of_two(p.moment_units[chunk * heads + kv] + PS);
-      float decay[ROW_TILES][2];
+      float decay[2];
 #pragma unroll
-      for (int m = 0; m < ROW_TILES; m++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) decay[m][r] = exp2f(p.gates.chunk_prefix[(chunk_tile + own_tile + m) * TILE + row + 8 * r]);
+      for (int r = 0; r < 2; r++) decay[r] = exp2f(p.gates.chunk_prefix[(chunk_tile + own_tile) * TILE + row + 8 * r]);
       /* Normaliser: (Q^ M) · Q^. */
       {
-        float qm[ROW_TILES][PADDED_D / 2];
-        uint32_t a[ROW_TILES][D_TILES][4][4];
+        float qm[PADDED_D / 2];
+        uint32_t a[D_TILES][4][4];
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; m++)
-#pragma unroll
-          for (int h = 0; h < D_TILES; h++) load_fragments(a[m][h], q_tile[m] + h * TILE_BYTES, lane);
+        for (int h = 0; h < D_TILES; h++) load_fragments(a[h], q_tile + h * TILE_BYTES, lane);
 #pragma unroll
         for (int h = 0; h < D_TILES; h++) {
           ring.wait(at);
-#pragma unroll
-          for (int m = 0; m < ROW_TILES; m++) pin(a[m][h]), pin(qm[m]);
+          pin(a[h]);
+          pin(qm);
           wgmma_fence();
           const uint64_t b = matrix_descriptor(stages_smem + at.slot * T::STAGE_BYTES, 1024, TILE_BYTES);
 #pragma unroll
-          for (int m = 0; m < ROW_TILES; m++)
-#pragma unroll
-            for (int s = 0; s < 4; s++)
-              Wgmma<PADDED_D, __half>::template rs<MN_MAJOR>(qm[m], a[m][h][s], b + descriptor_offset(s * 2048), h + s > 0);
+          for (int s = 0; s < 4; s++)
+            Wgmma<PADDED_D, __half>::template rs<MN_MAJOR>(qm, a[h][s], b + descriptor_offset(s * 2048), h + s > 0);
           wgmma_commit();
           wgmma_wait<0>();
-#pragma unroll
-          for (int m = 0; m < ROW_TILES; m++) pin(qm[m]);
+          pin(qm);
           ring.release(at.slot);
           at.advance();
         }
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; m++)
+        for (int n = 0; n < PADDED_D / 8; n++)
 #pragma unroll
-          for (int n = 0; n < PADDED_D / 8; n++)
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-              const float2 x = Pair<__half>::unpack(a[m][n / 8][(n % 8) / 2][(n % 2) * 2 + r]);
-              den[m][r] += qm[m][4 * n + 2 * r] * x.x + qm[m][4 * n + 2 * r + 1] * x.y;
-            }
+          for (int r = 0; r < 2; r++) {
+            const float2 x = Pair<__half>::unpack(a[n / 8][(n % 8) / 2][(n % 2) * 2 + r]);
+            den[r] += qm[4 * n + 2 * r] * x.x + qm[4 * n + 2 * r + 1] * x.y;
+          }
       }
       /* State: per pair two groups of products, alternating between two sets of fragments. */
-      constexpr int STEPS = ROW_TILES == 2 ? 4 : 2;
+      constexpr int STEPS = 2;
       uint32_t a[2][STEPS][4];
       int tile_i = 0, tile_j = 0, undrained = -1;
 #pragma unroll 1
@@ -246,16 +242,15 @@ __global__ void __launch_bounds__(384, 1) query_kernel(const __grid_constant__ Q
         const uint32_t i_piece = (tile_i / 8) * TILE_BYTES + swizzled(row, tile_i % 8), j_piece = (tile_j / 8) * TILE_BYTES + swizzled(row, tile_j % 8);
 #pragma unroll
         for (int u = 0; u < 2; u++) {
-          const int m = ROW_TILES == 2 ? u : 0, part = ROW_TILES == 2 ? 0 : u;
           wgmma_wait<1>(); /* all but the group before this one have ended: a[u] is free, and when u = 1 the slot before */
           if (u == 1 && undrained >= 0) ring.release(undrained);
-          expand_queries<STEPS>(a[u], q_tile[m] + i_piece + lane.quad * 4, q_tile[m] + j_piece + part * 8);
+          expand_queries<STEPS>(a[u], q_tile + i_piece + lane.quad * 4, q_tile + j_piece + u * 8);
           pin(a[u]);
-          pin(acc[m]);
+          pin(acc);
           wgmma_fence();
 #pragma unroll
           for (int s = 0; s < STEPS; s++)
-            Wgmma<PADDED_E, __half>::template rs<K_MAJOR>(acc[m], a[u][s], state.features(part * STEPS + s), 1);
+            Wgmma<PADDED_E, __half>::template rs<K_MAJOR>(acc, a[u][s], state.features(u * STEPS + s), 1);
           wgmma_commit();
         }
         undrained = at.slot;
@@ -264,100 +259,81 @@ __global__ void __launch_bounds__(384, 1) query_kernel(const __grid_constant__ Q
       }
       wgmma_wait<0>();
       ring.release(undrained);
+      pin(acc);
 #pragma unroll
-      for (int m = 0; m < ROW_TILES; m++) {
-        pin(acc[m]);
+      for (int r = 0; r < 2; r++) {
+        const float factor = decay[r] * state_factor;
+        den[r] *= decay[r] * moment_factor;
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const float factor = decay[m][r] * state_factor;
-          den[m][r] *= decay[m][r] * moment_factor;
-#pragma unroll
-          for (int n = 0; n < PADDED_E / 8; n++) acc[m][4 * n + 2 * r] *= factor, acc[m][4 * n + 2 * r + 1] *= factor;
-        }
+        for (int n = 0; n < PADDED_E / 8; n++) acc[4 * n + 2 * r] *= factor, acc[4 * n + 2 * r + 1] *= factor;
       }
     }
 
-    /* Inside the chunk. reach[m]: decay from a key tile's end to each row, times the row's lift and 2^PS. From the diagonal tile on, sums
-     * are `lift` times what they were. */
+    /* Inside the chunk. reach: decay from a key tile's end to each row, times the row's lift and 2^PS. From the diagonal tile on, sums are `lift`
+     * times what they were. */
     {
-      uint32_t weights[4][4]; /* of one row tile at a time */
-      float scores[ROW_TILES][32], reach[ROW_TILES][2];
+      uint32_t weights[4][4];
+      float scores[32], reach[2];
       const float score_factor = power_of_two(PS);
-      auto start_scores = [&](int m, uint32_t keys) {
-        pin(scores[m]);
+      auto attend_tile = [&](auto diagonal_constant, int tile) {
+        constexpr bool DIAGONAL = decltype(diagonal_constant)::value;
+        ring.wait(at);
+        const uint32_t keys = stages_smem + at.slot * T::STAGE_BYTES, values = keys + D_TILES * TILE_BYTES, factors = values + E_TILES * TILE_BYTES;
+        pin(scores);
         wgmma_fence();
-        const uint64_t q_a = matrix_descriptor(q_tile[m]), k_b = matrix_descriptor(keys);
+        const uint64_t q_a = matrix_descriptor(q_tile), k_b = matrix_descriptor(keys);
 #pragma unroll
         for (int h = 0; h < D_TILES; h++)
 #pragma unroll
           for (int s = 0; s < 4; s++)
-            Wgmma<64, __half>::template ss<K_MAJOR, K_MAJOR>(scores[m], q_a + descriptor_offset(h * TILE_BYTES + s * 32),
+            Wgmma<64, __half>::template ss<K_MAJOR, K_MAJOR>(scores, q_a + descriptor_offset(h * TILE_BYTES + s * 32),
                                                              k_b + descriptor_offset(h * TILE_BYTES + s * 32), h + s > 0);
         wgmma_commit();
-      };
-      auto start_values = [&](int m, uint32_t values) {
+        wgmma_wait<0>();
+        pin(scores);
+        if constexpr (DIAGONAL) {
+          const float *prefix = p.gates.tile_prefix + (chunk_tile + tile) * TILE;
+          const float row_prefix[2] = {prefix[row], prefix[row + 8]};
+          float lift[2];
+          weigh_diagonal(scores, den, row_prefix, prefix, score_factor, lane);
+#pragma unroll
+          for (int r = 0; r < 2; r++) {
+            lift[r] = row_lift(quad_sum(den[r]), row_prefix[r], tile == 0);
+            if (lane.quad == 0) lifts[group * TILE + row + 8 * r] = lift[r];
+            reach[r] = exp2_fast(row_prefix[r]) * score_factor * lift[r];
+            den[r] *= lift[r];
+#pragma unroll
+            for (int n = 0; n < PADDED_E / 8; n++) acc[4 * n + 2 * r] *= lift[r], acc[4 * n + 2 * r + 1] *= lift[r];
+          }
+          round_weights(scores, weights, lift);
+        } else {
+          weigh_scores(scores, den, reach, factors, lane);
+          const float one[2] = {1.f, 1.f}, decay = __uint_as_float(load_shared_32(factors + TILE * 4));
+          round_weights(scores, weights, one);
+          reach[0] *= decay, reach[1] *= decay;
+        }
         pin(weights);
-        pin(acc[m]);
+        pin(acc);
         wgmma_fence();
         const uint64_t b = matrix_descriptor(values, 1024, TILE_BYTES);
 #pragma unroll
-        for (int s = 0; s < 4; s++) Wgmma<PADDED_E, __half>::template rs<MN_MAJOR>(acc[m], weights[s], b + descriptor_offset(s * 2048), 1);
+        for (int s = 0; s < 4; s++) Wgmma<PADDED_E, __half>::template rs<MN_MAJOR>(acc, weights[s], b + descriptor_offset(s * 2048), 1);
         wgmma_commit();
-      };
-      /* One key tile for row tiles FIRST … ROW_TILES − 1, the first of them on the diagonal if DIAGONAL. */
-      auto attend_tile = [&](auto first_constant, auto diagonal_constant, int tile) {
-        constexpr int FIRST = decltype(first_constant)::value;
-        constexpr bool DIAGONAL = decltype(diagonal_constant)::value;
-        ring.wait(at);
-        const uint32_t keys = stages_smem + at.slot * T::STAGE_BYTES, values = keys + D_TILES * TILE_BYTES, factors = values + E_TILES * TILE_BYTES;
-#pragma unroll
-        for (int m = FIRST; m < ROW_TILES; m++) start_scores(m, keys);
-#pragma unroll
-        for (int m = FIRST; m < ROW_TILES; m++) {
-          if (m == FIRST && FIRST < ROW_TILES - 1) wgmma_wait<1>();
-          else if (ROW_TILES - FIRST > 1) wgmma_wait<1>(); /* behind it only the values of row tile FIRST */
-          else wgmma_wait<0>();
-          pin(scores[m]);
-          if (DIAGONAL && m == FIRST) {
-            const float *prefix = p.gates.tile_prefix + (chunk_tile + tile) * TILE;
-            const float row_prefix[2] = {prefix[row], prefix[row + 8]};
-            float lift[2];
-            weigh_diagonal(scores[m], den[m], row_prefix, prefix, score_factor, lane);
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-              lift[r] = row_lift(quad_sum(den[m][r]), row_prefix[r], tile == 0);
-              if (lane.quad == 0) lifts[(group * ROW_TILES + m) * TILE + row + 8 * r] = lift[r];
-              reach[m][r] = exp2_fast(row_prefix[r]) * score_factor * lift[r];
-              den[m][r] *= lift[r];
-#pragma unroll
-              for (int n = 0; n < PADDED_E / 8; n++) acc[m][4 * n + 2 * r] *= lift[r], acc[m][4 * n + 2 * r + 1] *= lift[r];
-            }
-            round_weights(scores[m], weights, lift);
-          } else {
-            weigh_scores(scores[m], den[m], reach[m], factors, lane);
-            const float one[2] = {1.f, 1.f}, decay = __uint_as_float(load_shared_32(factors + TILE * 4));
-            if (m > FIRST) wgmma_wait<0>(); /* the values of row tile FIRST have read these registers */
-            round_weights(scores[m], weights, one);
-            reach[m][0] *= decay, reach[m][1] *= decay;
-          }
-          start_values(m, values);
-        }
         wgmma_wait<0>();
-#pragma unroll
-        for (int m = FIRST; m < ROW_TILES; m++) pin(acc[m]);
+        pin(acc);
         ring.release(at.slot);
         at.advance();
       };
       int tile = last_tile;
-      for (; tile >= own_tile + ROW_TILES; tile--) { /* keys after all of this warpgroup's rows */
+#pragma unroll 1
+      for (; tile > own_tile; tile--) { /* keys after all of this warpgroup's rows */
         ring.wait(at);
         ring.release(at.slot);
         at.advance();
       }
-      if constexpr (ROW_TILES == 2) attend_tile(std::integral_constant<int, 1>{}, std::true_type{}, tile--);
-      attend_tile(std::integral_constant<int, 0>{}, std::true_type{}, tile--);
+      attend_tile(std::true_type{}, tile--);
 #pragma unroll 1
-      for (; tile >= 0; tile--) attend_tile(std::integral_constant<int, 0>{}, std::false_type{}, tile);
+      for (; tile >= 0; tile--) attend_tile(std::false_type{}, tile);
     }
 
     /* Divide, round, and write whole rows: through the shared memory of this warp's own queries. */
@@ -365,36 +341,33 @@ __global__ void __launch_bounds__(384, 1) query_kernel(const __grid_constant__ Q
     const int batch = block.head / p.z.h_q, q_head = block.head % p.z.h_q;
     const int64_t head_offset = batch * p.y.batch + q_head * p.y.head;
     named_barrier_sync(CONSUMER + group, 128); /* every warp has done with the queries; lifts are written */
+    float factor[2];
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; m++) {
-      float factor[2];
+    for (int r = 0; r < 2; r++) {
+      const int own_row = group * TILE + row + 8 * r;
+      const float sum = quad_sum(den[r]), undo = unscale[own_row], lift = lifts[own_row];
+      const int token = chunk * p.z.chunk + own_tile * TILE + row + 8 * r;
+      if (lane.quad == 0 && token < p.z.t) p.norm[(int64_t(batch) * p.z.t + token) * p.z.h_q + q_head] = sum / lift;
+      factor[r] = power_of_two(-v_exponent);
+      if (p.normalize) factor[r] = sum == 0.f ? 0.f : factor[r] / sum;
+      else factor[r] *= power_of_two(-2 * k_exponent - PS) * undo * undo * p.scale_squared / lift;
+    }
+    __syncwarp();
 #pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const int own_row = (group * ROW_TILES + m) * TILE + row + 8 * r;
-        const float sum = quad_sum(den[m][r]), undo = unscale[own_row], lift = lifts[own_row];
-        const int token = chunk * p.z.chunk + (own_tile + m) * TILE + row + 8 * r;
-        if (lane.quad == 0 && token < p.z.t) p.norm[(int64_t(batch) * p.z.t + token) * p.z.h_q + q_head] = sum / lift;
-        factor[r] = power_of_two(-v_exponent);
-        if (p.normalize) factor[r] = sum == 0.f ? 0.f : factor[r] / sum;
-        else factor[r] *= power_of_two(-2 * k_exponent - PS) * undo * undo * p.scale_squared / lift;
-      }
-      __syncwarp();
+    for (int n = 0; n < PADDED_E / 8; n++)
 #pragma unroll
-      for (int n = 0; n < PADDED_E / 8; n++)
+      for (int r = 0; r < 2; r++)
+        store_shared_32(q_tile + (n / 8) * TILE_BYTES + swizzled(row + 8 * r, n % 8) + lane.quad * 4,
+                        Pair<In>::pack(acc[4 * n + 2 * r] * factor[r], acc[4 * n + 2 * r + 1] * factor[r]));
+    __syncwarp();
+    constexpr int PIECES = PADDED_E / 8, ROWS_A_STEP = 32 / PIECES;
 #pragma unroll
-        for (int r = 0; r < 2; r++)
-          store_shared_32(q_tile[m] + (n / 8) * TILE_BYTES + swizzled(row + 8 * r, n % 8) + lane.quad * 4,
-                          Pair<In>::pack(acc[m][4 * n + 2 * r] * factor[r], acc[m][4 * n + 2 * r + 1] * factor[r]));
-      __syncwarp();
-      constexpr int PIECES = PADDED_E / 8, ROWS_A_STEP = 32 / PIECES;
-#pragma unroll
-      for (int i = 0; i < 16 / ROWS_A_STEP; i++) {
-        const int r = lane.warp * 16 + i * ROWS_A_STEP + lane.lane / PIECES, piece = lane.lane % PIECES;
-        const int token = chunk * p.z.chunk + (own_tile + m) * TILE + r;
-        if (token < p.z.t)
-          store_piece<In>(p.y, head_offset + token * p.y.time, piece * 8, p.z.e,
-                          load_shared_128(q_tile[m] + (piece / 8) * TILE_BYTES + swizzled(r, piece % 8)));
-      }
+    for (int i = 0; i < 16 / ROWS_A_STEP; i++) {
+      const int r = lane.warp * 16 + i * ROWS_A_STEP + lane.lane / PIECES, piece = lane.lane % PIECES;
+      const int token = chunk * p.z.chunk + own_tile * TILE + r;
+      if (token < p.z.t)
+        store_piece<In>(p.y, head_offset + token * p.y.time, piece * 8, p.z.e,
+                        load_shared_128(q_tile + (piece / 8) * TILE_BYTES + swizzled(r, piece % 8)));
     }
   }
 }

@@ -1,8 +1,8 @@
 /* Before the matrix kernels: sum the gates, find each head's range, and write keys and values as scaled float16 tiles.
  *
- * measure_kernel   block (MEASURE_ROWS rows, head): largest |k| and |v|, into `Maxima` by integer maximum (order-free, so two runs agree); the first
+ * measure_kernel   block (measure_rows, head): largest |k| and |v|, into `Maxima` by integer maximum (order-free, so two runs agree); the first
  *                  of a chunk also sums its gates.
- * stage_kernel     block (tile, head): 64 rows of one array, scaled; optionally also transposed with a weight per token.
+ * stage_kernel     block (STAGE_PIECES pieces of 16 bytes, head, array): rows, scaled.
  * Both read each input once and are bound by device memory. Heads come first in the order of blocks: their rows are neighbours in memory.
  */
 #pragma once
@@ -10,7 +10,7 @@
 
 namespace power {
 
-constexpr int MEASURE_THREADS = 256, MEASURE_ROWS = 256, STAGE_THREADS = 256;
+constexpr int MEASURE_THREADS = 256, MEASURE_LOADS = 4, STAGE_THREADS = 256;
 
 /* The block's largest `x`, into *result. */
 __device__ __forceinline__ void note_largest(float x, unsigned *result) {
@@ -25,15 +25,20 @@ __device__ __forceinline__ void note_largest(float x, unsigned *result) {
   __syncthreads();
 }
 
-/* Largest magnitude in rows [first, last) of one head, of this thread's share. */
+/* Largest magnitude in rows [first, last) of one head, of this thread's share: neighbouring lanes a row, MEASURE_LOADS rows under way at a time. */
 template <typename In>
 __device__ __forceinline__ float measure_rows(const View &x, int64_t head_offset, int first, int last, int columns) {
-  const int pieces = columns / 8;
+  const int lanes = columns <= 64 ? 8 : 16, step = MEASURE_THREADS / lanes, column = threadIdx.x % lanes * 8;
   float largest = 0.f;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < (last - first) * pieces; i += MEASURE_THREADS) {
-    const int row = i / pieces, piece = i - row * pieces;
-    largest = fmaxf(largest, largest_of<In>(load_piece<In>(x, head_offset + (first + row) * x.time, piece * 8, columns)));
+  for (int row = first + threadIdx.x / lanes; row < last; row += MEASURE_LOADS * step) {
+    uint4 values[MEASURE_LOADS];
+#pragma unroll
+    for (int i = 0; i < MEASURE_LOADS; i++) {
+      values[i] = make_uint4(0, 0, 0, 0);
+      if (row + i * step < last) values[i] = load_piece<In>(x, head_offset + (row + i * step) * x.time, column, columns);
+    }
+#pragma unroll
+    for (int i = 0; i < MEASURE_LOADS; i++) largest = fmaxf(largest, largest_of<In>(values[i]));
   }
   return largest;
 }
@@ -122,13 +127,13 @@ struct MeasureParams {
 template <typename In>
 __global__ void __launch_bounds__(MEASURE_THREADS, 4) /* or ptxas keeps to 40 registers and spills */ measure_kernel(const __grid_constant__ MeasureParams p) {
   const int heads = p.z.b * p.z.h_kv, head = blockIdx.x % heads, batch = head / p.z.h_kv, kv_head = head % p.z.h_kv;
-  const int part = blockIdx.x / heads, chunk = part / (p.z.chunk / MEASURE_ROWS);
-  const int first = min(part * MEASURE_ROWS, p.z.t), last = min(first + MEASURE_ROWS, p.z.t);
+  const int part = blockIdx.x / heads, chunk = part / (p.z.chunk / p.z.measure_rows);
+  const int first = min(part * p.z.measure_rows, p.z.t), last = min(first + p.z.measure_rows, p.z.t);
   const float k_largest = measure_rows<In>(p.k, batch * p.k.batch + kv_head * p.k.head, first, last, p.z.d);
   const float v_largest = measure_rows<In>(p.v, batch * p.v.batch + kv_head * p.v.head, first, last, p.z.e);
   note_largest(k_largest, p.maxima.k + head);
   note_largest(v_largest, p.maxima.v + head);
-  if (part % (p.z.chunk / MEASURE_ROWS) > 0) return;
+  if (part % (p.z.chunk / p.z.measure_rows) > 0) return;
   sum_gates(p.z, p.log_g, p.gates, batch, kv_head, chunk);
   const int64_t rows = int64_t(p.z.pairs) * 64;
   if (p.s0 != nullptr) measure_floats(p.s0 + head * rows * p.z.e, rows * p.z.e, chunk, p.z.chunks, p.maxima.s + head);
@@ -142,69 +147,51 @@ static __global__ void __launch_bounds__(MEASURE_THREADS) measure_state_kernel(c
   measure_floats(z + head * rows, rows, blockIdx.x, gridDim.x, maxima.z + head);
 }
 
-/* How stage_kernel scales rows: by a power of two per key-value head, or each row into [1, 2) (queries). */
-enum class Scaling { HEAD, ROW };
-
-struct StageParams {
-  Sizes z;
+/* One array for stage_kernel, scaled by a power of two per key-value head. */
+struct StageArray {
   View x;
-  int heads, columns; /* heads per batch of x, and its feature size */
+  int heads, columns, padded; /* heads per batch of x, its feature size, and what it is padded to */
   const unsigned *largest;
   int range;
-  __half *rows;         /* staged tiles, or null */
-  __half *transposed;   /* weighted transposed tiles, or null */
-  const float *weights; /* per head of x and token */
-  __half *moment_weights; /* with transposed, in token_order: the weights, or 0 for gradient_q_kernel to replace */
-  int moments_later;
-  float *row_scale;     /* per head of x and token, or null: a further factor on the row; with Scaling::ROW, replaced by the whole factor */
+  __half *rows;           /* staged tiles */
+  const float *row_scale; /* per head of x and token, or null: a further factor on the row */
+  const float *weights;   /* per head of x and token, or null, */
+  __half *moment_weights; /* where they go, rounded, in token_order */
+};
+constexpr int STAGE_ARRAYS = 3, STAGE_PIECES = 2 * STAGE_THREADS; /* of eight values, of a block */
+struct StageParams {
+  Sizes z;
+  StageArray arrays[STAGE_ARRAYS];
+  int blocks[STAGE_ARRAYS]; /* of each array and those before it */
 };
 
-/* One tile: WIDTH padded columns, WIDTH / 8 neighbouring lanes to a row. */
-template <typename In, int WIDTH, Scaling SCALING>
+/* A block takes STAGE_PIECES pieces of a tile of one array, neighbouring lanes a row. */
+template <typename In>
 __global__ void __launch_bounds__(STAGE_THREADS) stage_kernel(const __grid_constant__ StageParams p) {
-  constexpr int PIECES = WIDTH / 8, PITCH = WIDTH + 2; /* an odd number of words: a row's writers spread over the banks */
-  __shared__ __half tile_smem[TILE * PITCH];
-  const int heads = p.z.b * p.heads, tile = blockIdx.x / heads, head = blockIdx.x % heads, batch = head / p.heads, own = head % p.heads;
-  const int kv = batch * p.z.h_kv + own / (p.heads / p.z.h_kv);
-  const int64_t out = (int64_t(head) * p.z.tiles + tile) * (TILE * WIDTH);
-  const float head_factor = SCALING == Scaling::HEAD ? power_of_two(scaling_exponent(p.largest[kv], p.range)) : 1.f;
+  int number = 0, block = blockIdx.x;
+  while (block >= p.blocks[number]) number++;
+  if (number > 0) block -= p.blocks[number - 1];
+  const StageArray &a = p.arrays[number];
+  const int pieces = a.padded / 8, parts = TILE * pieces / STAGE_PIECES, heads = p.z.b * a.heads;
+  const int head = block % heads, part = block / heads % parts, tile = block / heads / parts;
+  const int batch = head / a.heads, own = head % a.heads, kv = batch * p.z.h_kv + own / (a.heads / p.z.h_kv);
+  const int row = (part * STAGE_PIECES + threadIdx.x) / pieces, piece = threadIdx.x % pieces, row_step = STAGE_THREADS / pieces;
+  uint4 values[2];
+  float factors[2];
 #pragma unroll
-  for (int i = threadIdx.x; i < TILE * PIECES; i += STAGE_THREADS) {
-    const int row = i / PIECES, piece = i % PIECES, token = tile * TILE + row;
-    uint4 values = make_uint4(0, 0, 0, 0);
-    if (token < p.z.t)
-      values = load_piece<In>(p.x, batch * p.x.batch + token * p.x.time + own * p.x.head, piece * 8, p.columns);
-    float factor = head_factor;
-    if (SCALING == Scaling::ROW) factor = row_factor(group_max<PIECES>(largest_of<In>(values)));
-    if (p.row_scale != nullptr) {
-      float *row_scale = p.row_scale + head * p.z.tokens + token;
-      factor *= *row_scale;
-      __syncwarp(); /* all of the row's lanes have read it */
-      if (SCALING == Scaling::ROW && piece == 0) *row_scale = factor;
-    }
-    values = to_half<In>(values, factor);
-    if (p.rows != nullptr)
-      *reinterpret_cast<uint4 *>(reinterpret_cast<char *>(p.rows + out) + (piece / 8) * TILE_BYTES + swizzled(row, piece % 8)) = values;
-    const uint32_t *pairs = reinterpret_cast<const uint32_t *>(&values);
-#pragma unroll
-    for (int j = 0; j < 4; j++) *reinterpret_cast<uint32_t *>(tile_smem + row * PITCH + piece * 8 + 2 * j) = pairs[j];
+  for (int i = 0; i < 2; i++) {
+    const int token = tile * TILE + row + i * row_step;
+    values[i] = make_uint4(0, 0, 0, 0), factors[i] = a.row_scale == nullptr ? 1.f : a.row_scale[head * p.z.tokens + token];
+    if (token < p.z.t) values[i] = load_piece<In>(a.x, batch * a.x.batch + token * a.x.time + own * a.x.head, piece * 8, a.columns);
   }
-  if (p.transposed == nullptr) return;
-  __syncthreads();
-  const float *weights = p.weights + head * p.z.tokens + tile * TILE;
-  if (threadIdx.x < TILE)
-    p.moment_weights[head * p.z.tokens + tile * TILE + threadIdx.x] = __float2half(p.moments_later ? 0.f : weights[token_at(threadIdx.x)]);
+  const float head_factor = power_of_two(scaling_exponent(a.largest[kv], a.range));
+  char *out = reinterpret_cast<char *>(a.rows + (int64_t(head) * p.z.tiles + tile) * (TILE * a.padded)) + (piece / 8) * TILE_BYTES;
 #pragma unroll
-  for (int i = threadIdx.x; i < TILE * PIECES; i += STAGE_THREADS) {
-    const int row = i / 8, piece = i % 8; /* row of the transpose: a feature; piece: eight tokens; a warp writes whole rows */
-    uint32_t pairs[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const int token = token_at(piece * 8 + 2 * j);
-      pairs[j] = Pair<__half>::pack(__half2float(tile_smem[token * PITCH + row]) * weights[token],
-                                    __half2float(tile_smem[(token + 1) * PITCH + row]) * weights[token + 1]);
-    }
-    *reinterpret_cast<uint4 *>(p.transposed + out + i * 8) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  for (int i = 0; i < 2; i++)
+    *reinterpret_cast<uint4 *>(out + swizzled(row + i * row_step, piece % 8)) = to_half<In>(values[i], factors[i] * head_factor);
+  if (a.weights != nullptr && part == 0 && threadIdx.x < TILE) {
+    const int64_t first = head * p.z.tokens + tile * TILE;
+    a.moment_weights[first + threadIdx.x] = __float2half(a.weights[first + token_at(threadIdx.x)]);
   }
 }
 

@@ -9,7 +9,8 @@
  *   B (shared memory): columns 0 … 8J + 7 of the x tile, MN-major.
  * The last blocks keep the normaliser's moments Σ w x xᵀ instead, a warpgroup 64 rows of one head's.
  * Two blocks of a head make a cluster: each loads half of an x and a y tile into both, which halves what L2 has to give.
- * Shared memory: a ring of [x rows | y rows | four weighted feature rows of x], in the last blocks [x rows and token weights of a head or two].
+ * Shared memory: a ring of [x rows | y rows | four feature rows x[·, 8J + β] · w | w], in the last blocks [x rows and token weights of a head or two]. The
+ * feature rows are written by a second warp of the loading warpgroup once x and w have arrived: as tiles in memory they were 67 MB to write.
  * Cycles a 64-token tile at d = e = 64: products 288; shared memory 144 (B) + 128 (yᵀ twice) + 32 + 132 (arriving) = 436. (A = φ in registers and
  * B = y, the form before this one: 624 on 104 multiprocessors instead of 132.)
  */
@@ -20,12 +21,13 @@
 
 namespace power {
 
-constexpr int UPDATE_THREADS = 384; /* two consumer warpgroups; one that loads, of which a warp runs */
+constexpr int UPDATE_THREADS = 384; /* two consumer warpgroups; one of which a warp loads and another weighs features */
 
 struct UpdateParams {
   Sizes z;
-  const __half *rows, *transposed, *values; /* staged x, w·x transposed, y; `group` heads of x per state head */
-  const __half *moment_weights;             /* per head of x and token, in token_order: w, backward −w dy^·y^ */
+  const __half *rows, *values;  /* staged x, y; `group` heads of x per state head */
+  const float *token_weights;   /* w per head of x and token */
+  const __half *moment_weights; /* per head of x and token, in token_order: w, backward −w dy^·y^ */
   int group, reverse;
   const float *chunk_sum, *weight; /* [state head][chunk]; [head of x][chunk][weight_parts], to be added up */
   int weight_parts;
@@ -50,6 +52,23 @@ __device__ __forceinline__ void state_exponents(const UpdateParams &p, int head,
   }
 }
 
+/* A ring whose slots are ready for consumers when they have arrived and their features have been weighed, by one warp. */
+template <int STAGES>
+struct FeatureRing : PairRing<STAGES> {
+  using PairRing<STAGES>::PairRing;
+  static constexpr int BYTES = Ring<STAGES>::BYTES + STAGES * 8;
+  __device__ __forceinline__ uint32_t weighed(int slot) const { return this->barriers + Ring<STAGES>::BYTES + slot * 8; }
+  __device__ __forceinline__ void init(int consumers) const {
+    PairRing<STAGES>::init(consumers);
+    for (int slot = 0; slot < STAGES; slot++) mbarrier_init(weighed(slot), ARRIVALS_A_WARP);
+  }
+  __device__ __forceinline__ void wait_for_copies(const RingPosition<STAGES> &at) const { PairRing<STAGES>::wait(at); }
+  __device__ __forceinline__ void wait(const RingPosition<STAGES> &at) const {
+    wait_for_copies(at);
+    mbarrier_wait(weighed(at.slot), at.parity);
+  }
+};
+
 template <int PADDED_D, int PADDED_E>
 struct UpdateTiles {
   static constexpr int D_TILES = PADDED_D / 64, E_TILES = PADDED_E / 64;
@@ -64,7 +83,8 @@ struct UpdateTiles {
   static constexpr int WEIGHTED_BYTES = 2 * 128;                               /* two feature rows of one J */
   static constexpr int STAGE_BYTES = (D_TILES + E_TILES) * TILE_BYTES + 1024;
   static constexpr int STAGES = STAGE_BYTES > 32768 ? 5 : STAGE_BYTES > 24576 ? 7 : 8;
-  static constexpr int SMEM_BYTES = 1024 + STAGES * STAGE_BYTES + Ring<STAGES>::BYTES;
+  static constexpr int FEATURES_AT = (D_TILES + E_TILES) * TILE_BYTES, WEIGHTS_AT = FEATURES_AT + 2 * WEIGHTED_BYTES; /* within a stage */
+  static constexpr int SMEM_BYTES = 1024 + STAGES * STAGE_BYTES + FeatureRing<STAGES>::BYTES;
   static int blocks(int heads) { return heads * BLOCKS_A_HEAD + (heads + 2 * MOMENT_HEADS - 1) / (2 * MOMENT_HEADS) * 2; }
 };
 
@@ -85,6 +105,7 @@ __device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring &
                                              Store store, Decay decay, Accumulate accumulate) {
   RingPosition<STAGES> at;
   float total_decay = 1.f;
+  const int tiles = p.group * p.z.chunk_tiles;
   float2 factors = chunk_factors(p, head, p.reverse ? p.z.chunks - 1 : 0, lane);
 #pragma unroll 1
   for (int step = 0; step < p.z.chunks; step++) {
@@ -94,16 +115,18 @@ __device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring &
     decay(factors.x);
     if (step + 1 < p.z.chunks) factors = chunk_factors(p, head, p.reverse ? chunk - 1 : chunk + 1, lane); /* arrives during the tiles */
     int undrained = -1;
+    const auto next_tile = [&](int part) {
+      ring.wait(at);
+      accumulate(at.slot, part, undrained);
+      undrained = at.slot;
+      at.advance();
+    };
 #pragma unroll 1
-    for (int tile = 0; tile < p.group * p.z.chunk_tiles; tile += TILES_A_STEP) {
+    for (int tile = TILES_A_STEP; tile <= tiles; tile += TILES_A_STEP) {
 #pragma unroll
-      for (int part = 0; part < TILES_A_STEP; part++) {
-        ring.wait(at);
-        accumulate(at.slot, part, undrained);
-        undrained = at.slot;
-        at.advance();
-      }
+      for (int part = 0; part < TILES_A_STEP; part++) next_tile(part);
     }
+    if (TILES_A_STEP == 2 && tiles % 2 == 1) next_tile(0);
     wgmma_wait<0>();
     ring.release(undrained);
   }
@@ -145,6 +168,37 @@ __device__ __forceinline__ void load_tiles(const UpdateParams &p, const Ring &ri
   }
 }
 
+/* The weighing warp: in every tile, the features 8j + first_beta and the next of both feature tiles, times w, rounded, in token_order. A lane takes two
+ * neighbouring tokens. */
+template <int PADDED_D, int PADDED_E>
+__device__ __forceinline__ void weigh_features(const UpdateParams &p, const FeatureRing<UpdateTiles<PADDED_D, PADDED_E>::STAGES> &ring,
+                                               uint32_t stages_smem, int j_high, int j_low, int first_beta) {
+  using T = UpdateTiles<PADDED_D, PADDED_E>;
+  const int lane = threadIdx.x & 31, token = 2 * lane;
+  const uint32_t to = T::FEATURES_AT + token_position(token) * 2;
+  const auto word = [&](int j) { return (j / 8) * TILE_BYTES + swizzled(token, j % 8) + first_beta * 2; };
+  const auto next_word = [&](int j) { return (j / 8) * TILE_BYTES + swizzled(token + 1, j % 8) + first_beta * 2; };
+  const uint32_t from[2][2] = {{word(j_high), next_word(j_high)}, {word(j_low), next_word(j_low)}};
+  RingPosition<T::STAGES> at;
+  const int tiles = p.z.chunks * p.group * p.z.chunk_tiles;
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; tile++) {
+    ring.wait_for_copies(at);
+    const uint32_t slot = stages_smem + at.slot * T::STAGE_BYTES;
+    const uint2 bits = load_shared_64(slot + T::WEIGHTS_AT + lane * 8);
+    const float w = __uint_as_float(bits.x), next_w = __uint_as_float(bits.y);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const float2 x = Pair<__half>::unpack(load_shared_32(slot + from[i][0])), next_x = Pair<__half>::unpack(load_shared_32(slot + from[i][1]));
+      store_shared_32(slot + to + i * T::WEIGHTED_BYTES, Pair<__half>::pack(x.x * w, next_x.x * next_w));
+      store_shared_32(slot + to + i * T::WEIGHTED_BYTES + 128, Pair<__half>::pack(x.y * w, next_x.y * next_w));
+    }
+    __syncwarp();
+    if (ARRIVALS_A_WARP == 32 || lane == 0) mbarrier_arrive(ring.weighed(at.slot));
+    at.advance();
+  }
+}
+
 /* A fragments: yᵀ with token t times factors[t], 64 float16 in token_order (chunked_layout.cuh) that all rows share. */
 __device__ __forceinline__ void weigh_tokens(uint32_t (&a)[4][4], const uint32_t (&y)[4][4], uint32_t factors, const Lane &at) {
   const uint4 first = load_shared_128(factors + at.quad * 32), second = load_shared_128(factors + at.quad * 32 + 16);
@@ -158,7 +212,7 @@ __device__ __forceinline__ void weigh_tokens(uint32_t (&a)[4][4], const uint32_t
 /* One warpgroup's slices of a head: columns of y from `y_tile` · 64 on, features 8 j_high + β and 8 j_low + β, β from `beta` on. A tile beyond the
  * head's features (j ≥ feature_tiles) is computed on zeros and not written. */
 template <int PADDED_D, int PADDED_E, int HIGH_COLUMNS, int LOW_COLUMNS>
-__device__ __forceinline__ void update_slices(const UpdateParams &p, const PairRing<UpdateTiles<PADDED_D, PADDED_E>::STAGES> &ring, uint32_t stages_smem,
+__device__ __forceinline__ void update_slices(const UpdateParams &p, const FeatureRing<UpdateTiles<PADDED_D, PADDED_E>::STAGES> &ring, uint32_t stages_smem,
                                               int head, int j_high, int j_low, int beta, int first_beta, int y_tile, bool writes_units) {
   using T = UpdateTiles<PADDED_D, PADDED_E>;
   constexpr int BETAS = T::BETAS;
@@ -233,7 +287,7 @@ __device__ __forceinline__ void update_slices(const UpdateParams &p, const PairR
       },
       [&](int slot, int part, int undrained) {
         const uint32_t rows = stages_smem + slot * T::STAGE_BYTES, values = rows + T::D_TILES * TILE_BYTES;
-        const uint32_t weighted = values + T::E_TILES * TILE_BYTES + (beta - first_beta) * 128;
+        const uint32_t weighted = rows + T::FEATURES_AT + (beta - first_beta) * 128;
         const uint64_t b = matrix_descriptor(rows, 1024, TILE_BYTES);
         load_fragments_transposed(y, values + y_tile * TILE_BYTES, lane);
         /* Slice n of the warpgroup: β = n / 2, the high J if n is even. */
@@ -364,12 +418,12 @@ __global__ void __cluster_dims__(2) __launch_bounds__(UPDATE_THREADS, 1) update_
   extern __shared__ uint8_t smem_raw[];
   const uint32_t stages_smem = (smem_address(smem_raw) + 1023) & ~1023u, barriers = stages_smem + T::STAGES * T::STAGE_BYTES;
   const Ring<T::STAGES> ring{barriers};
-  const PairRing<T::STAGES> pair_ring(barriers);
-  const int group = threadIdx.x >> 7, lane = threadIdx.x & 31, heads = p.z.b * p.z.h_kv;
+  const FeatureRing<T::STAGES> feature_ring(barriers);
+  const int group = __shfl_sync(~0u, int(threadIdx.x) >> 7, 0), lane = threadIdx.x & 31, heads = p.z.b * p.z.h_kv;
   const int moment_block = int(blockIdx.x) - heads * T::BLOCKS_A_HEAD;
   const int set = blockIdx.x % T::BLOCKS_A_HEAD, j_high = T::FEATURE_TILES - 1 - set / 4, j_low = set / 4, first_beta = set % 4 * 2;
   if (threadIdx.x == 0) {
-    if (moment_block < 0) pair_ring.init(8);
+    if (moment_block < 0) feature_ring.init(8);
     else ring.init(8);
     mbarrier_init_fence();
   }
@@ -377,17 +431,18 @@ __global__ void __cluster_dims__(2) __launch_bounds__(UPDATE_THREADS, 1) update_
 
   if (group == 2) {
     registers_lower<40>();
-    if (threadIdx.x < 2 * 128 + 32) {
+    if (threadIdx.x >= 2 * 128 + 32) {
+      if (threadIdx.x < 2 * 128 + 64 && moment_block < 0)
+        weigh_features<PADDED_D, PADDED_E>(p, feature_ring, stages_smem, j_high, j_low, first_beta);
+    } else {
       TileCopy copy;
       int head = blockIdx.x / T::BLOCKS_A_HEAD;
       if (moment_block < 0) {
         const uint32_t half = cluster_rank();
-        const auto feature_rows = [&](int j) { return p.transposed + (8 * j + first_beta) * TILE; };
         if (lane == 0) copy = {p.rows + half * (D_BYTES / 4), D_BYTES, half * (D_BYTES / 2), D_BYTES / 2, true};
         if (lane == 1) copy = {p.values + half * (E_BYTES / 4), E_BYTES, D_BYTES + half * (E_BYTES / 2), E_BYTES / 2, true};
-        if (lane == 2) copy = {feature_rows(j_high), D_BYTES, D_BYTES + E_BYTES, T::WEIGHTED_BYTES, false};
-        if (lane == 3) copy = {feature_rows(j_low), D_BYTES, D_BYTES + E_BYTES + T::WEIGHTED_BYTES, T::WEIGHTED_BYTES, false};
-        load_tiles<T::STAGES, T::STAGE_BYTES>(p, pair_ring, stages_smem, head, copy);
+        if (lane == 2) copy = {p.token_weights, TILE * 4, T::WEIGHTS_AT, TILE * 4, false};
+        load_tiles<T::STAGES, T::STAGE_BYTES>(p, feature_ring, stages_smem, head, copy);
       } else {
         const uint32_t member = lane / 2;
         head = min(moment_block * T::MOMENT_HEADS + int(member), heads - 1);
@@ -401,7 +456,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(UPDATE_THREADS, 1) update_
     registers_raise<232>();
     if (moment_block < 0) {
       const int beta = T::E_TILES == 1 ? first_beta + group : first_beta, y_tile = T::E_TILES == 1 ? 0 : group;
-      dispatch_slices<PADDED_D, PADDED_E>(p, j_high, pair_ring, stages_smem, blockIdx.x / T::BLOCKS_A_HEAD, j_high, j_low, beta, first_beta, y_tile,
+      dispatch_slices<PADDED_D, PADDED_E>(p, j_high, feature_ring, stages_smem, blockIdx.x / T::BLOCKS_A_HEAD, j_high, j_low, beta, first_beta, y_tile,
                                           set == 0 && group == 0);
     } else {
       const int member = T::MOMENT_HEADS == 1 ? 0 : group, head = moment_block * T::MOMENT_HEADS + member;

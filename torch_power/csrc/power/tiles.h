@@ -18,18 +18,26 @@ constexpr int Q_RANGE = 1, K_RANGE = 4, V_RANGE = 0, DY_RANGE = 0;
 /* Squared scores are at most (d · 2^(Q_RANGE + K_RANGE))²; times 2^score_exponent they fit float16 (< 2^15). */
 constexpr int score_exponent(int padded_d) { return 15 - 2 * ((padded_d == 64 ? 6 : 7) + Q_RANGE + K_RANGE); }
 
-/* Chunk length. Per token and head the sum inside a chunk costs c/2 · (d + e) and the two state products 2 · D · e, so c only has to stay
- * well under 4D; each chunk also writes and reads a state of 2 · D · e bytes. Lengths are multiples of 256, the rows of a query block. */
-inline int chunk_length(int64_t t, int d, int e) {
-  if (t <= 256) return 256;
-  if (t <= 1024) return 512;                /* more chunks: short sequences need blocks to fill the chip */
-  if (d > 64 && t >= 16384) return 4096;    /* D = 8704: a state is 2.2 MB, 1/4 the memory of 1024 */
-  if (d > 64) return 1024;
-  return e > 64 && t >= 16384 ? 2048 : 1024; /* d = 64, t = 65536, 8 heads: 151 MB of states */
-}
+/* Consumer warpgroups of a block, 64 rows each, beside one that loads. At d = e = 64 the tensor pipe was busy 36–47 % of the time with two: products, waits
+ * and arithmetic follow one another within a warpgroup, so more of them fill the gaps, as many as 65536 registers leave room for (flagship, chunks
+ * of 768: query 0.484 → 0.450 ms with four, dq 0.725 → 0.654 with three; dk and dv are level with two). Wider heads need 232 registers a thread. */
+constexpr int query_warpgroups(int padded_d, int padded_e) { return padded_d == 64 && padded_e == 64 ? 4 : 2; }
+constexpr int gradient_warpgroups(int padded_d, int padded_e) { return padded_d == 64 && padded_e == 64 ? 3 : 2; }
+/* Threads of a block, and registers of a thread: (warpgroups · consumer_registers + loader_registers) · 128 ≤ 65536. */
+constexpr int threads(int warpgroups) { return 128 * (warpgroups + 1); }
+constexpr int consumer_registers(int warpgroups) { return warpgroups == 2 ? 232 : warpgroups == 3 ? 160 : 112; }
+constexpr int loader_registers(int warpgroups) { return warpgroups == 2 ? 40 : 32; }
 
-/* Rows of queries a block of the query kernel takes: two warpgroups with two row tiles each share every state tile that is loaded
- * (PROBE: 4 row tiles a block 650 TFLOP/s, 2 row tiles 590); a 128-wide head's accumulators leave room for one. */
-constexpr int query_row_tiles(int padded_d, int padded_e) { return padded_d == 64 && padded_e == 64 ? 2 : 1; }
+/* Chunk length. Per token and head the sum inside a chunk costs c/2 · (d + e) and the two state products 2 · D · e, so c only has to stay
+ * well under 4D; each chunk also writes and reads a state of 2 · D · e bytes. Lengths are multiples of the rows of a gradient block: 192 for
+ * d, e ≤ 64, else 128. d = e = 64, t = 65536, 8 heads: 768 took 3 % less time than 1024, and a third more memory for states. */
+inline int chunk_length(int64_t t, int d, int e) {
+  if (d <= 64 && e <= 64) return 768;
+  if (t <= 256) return 256;
+  if (t <= 1024) return 512;             /* short sequences need blocks to fill the chip */
+  if (d > 64 && t >= 16384) return 4096; /* D = 8704: a state is 2.2 MB, 1/4 the memory of 1024 */
+  if (d > 64) return 1024;
+  return t >= 16384 ? 2048 : 1024;
+}
 
 }  // namespace power
