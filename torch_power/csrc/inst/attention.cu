@@ -8,6 +8,12 @@
 #include "../power/attention_call.h"
 
 namespace power::attention {
+
+bool one_pass(const PowerAttentionShape &s) {
+  const int64_t size = std::max(s.d, s.e);
+  return s.dtype == POWER_BFLOAT16 && s.deg == 2 && s.causal && size > 64 && size <= 128 && s.t >= 4096;
+}
+
 namespace {
 
 int32_t check(const PowerAttentionShape &s) {
