@@ -1,7 +1,7 @@
 /* Sums in device memory that several blocks add to, always in the same order: a counter for each sum counts the additions made.
  *
- * The copy engine adds (`bulk_add`) and this passes the turn on. A turn, the copy, its completion and the next turn take about 3 µs: a block that adds more often than that
- * takes several threads for it, or waits for itself.
+ * The copy engine adds (`bulk_add`), and this passes the turn on. Turn, copy, completion and next turn take about 3 µs: a block
+ * that adds more often takes several threads for it, or it waits for itself.
  */
 #pragma once
 #include "tma.cuh"
