@@ -69,8 +69,21 @@ WIDE = (  # one slot of everything, one stage of keys, two warpgroups for the sa
     Shape("f16 d256 large", t=4096, d=256, e=256, dtype="float16", std=8.0, h_q=1, h_kv=1),
     Shape("f16 d256 not causal", t=300, t_kv=500, d=256, e=256, dtype="float16", causal=False, h_q=4, h_kv=2),
 )
+ONE_PASS = (  # bfloat16, degree 2, causal, heads over 64, no gates, from 4096 tokens on: the backward pass in one pass
+    Shape("one pass", t=4096, d=128, e=128, h_q=5, h_kv=5),
+    Shape("one pass, late heads alone", t=4096, d=128, e=128, h_q=1, h_kv=1),
+    Shape("one pass gqa odd", t=4133, d=128, e=128, b=2, h_q=4, h_kv=2),
+    Shape("one pass odd tiles", t=4161, d=96, e=72, h_q=3, h_kv=3),
+    Shape("one pass not normalized", t=4097, d=128, e=128, normalize=False, scale=-0.3),
+    Shape("one pass zero scale", t=4096, d=128, e=128, scale=0.0),
+    Shape("one pass tiny q", t=4096, d=128, e=128, std=1e-15),
+    Shape("one pass huge q", t=4096, d=128, e=128, std=1e6),
+    Shape("one pass large", t=4096, d=128, e=128, std=8.0),
+    Shape("one pass 8192", t=8192, d=128, e=128, h_q=3, h_kv=3),
+)
 FULL = (
     *SMALL,
+    *ONE_PASS,
     Shape("one token", t=1),
     Shape("two tokens", t=2, gates="mild"),
     Shape("64", t=64),
@@ -228,6 +241,7 @@ def main() -> None:
     if options.repeat:
         ok = repeat(Shape("repeat", t=1000, h_q=4, h_kv=2, gates="mild"), options.repeat) and ok
         ok = repeat(Shape("repeat d128", t=777, d=128, e=128, b=2), options.repeat) and ok
+        ok = repeat(Shape("repeat one pass", t=4224, d=128, e=128, h_q=8, h_kv=4), options.repeat) and ok
         ok = repeat(Shape("repeat d256", t=777, d=256, e=256, b=2), options.repeat) and ok
     print("all within bounds" if ok else "SOME FAILED")
     sys.exit(0 if ok else 1)

@@ -8,6 +8,13 @@
 #include "../power/attention_call.h"
 
 namespace power::attention {
+
+/* Where one pass is faster than the two kernels (d = 128, b·t = 16384): t = 4096 1.49 ms against 1.57, at t = 2048 0.90 against 0.88. */
+bool one_pass(const PowerAttentionShape &s) {
+  const int64_t size = std::max(s.d, s.e);
+  return s.dtype == POWER_BFLOAT16 && s.deg == 2 && s.causal && size > 64 && size <= 128 && s.t >= 4096;
+}
+
 namespace {
 
 int32_t check(const PowerAttentionShape &s) {

@@ -28,6 +28,7 @@
 #include "../sm90/registers.cuh"
 #include "../sm90/tma.cuh"
 #include "../sm90/wgmma.cuh"
+#include "attention_deck.h"
 
 namespace power::attention {
 
@@ -58,31 +59,6 @@ struct GatedQueryRecord : QueryRecord {  // with delta itself in alpha_delta, as
 };
 static_assert(sizeof(GatedQueryRecord) % 16 == 0, "bulk copies move multiples of 16 bytes");
 
-/* Division of 0 ≤ n < 2^31 by a number that the host knows: a product instead of the twenty instructions of a division. */
-struct Divisor {
-  uint32_t divisor, factor, shift;
-  Divisor() = default;
-  explicit Divisor(uint32_t d) : divisor(d), shift(0) {
-    while ((uint64_t(1) << shift) < d) ++shift;
-    factor = uint32_t(((uint64_t(1) << 32) * ((uint64_t(1) << shift) - d)) / d + 1);
-  }
-  __device__ __forceinline__ int divide(int n) const { return int((__umulhi(uint32_t(n), factor) + uint32_t(n)) >> shift); }
-};
-
-/* The items of a launch: `tiles` of each of heads × batches heads, dealt group by group of `together` heads whose keys and values
- * fit the L2 cache together, within a group longest first. */
-struct Deck {
-  int items, tiles, together, last_group;
-  int longest_last;  // 1: the longest tiles are those with the largest index
-  int *dealt;        // items dealt so far, beside the first one of every block; 0 at the start
-  Divisor by_group, by_together, by_rest, by_heads;
-  Deck() = default;
-  Deck(int tiles, int heads, int batches, int together, bool longest_last, int *dealt)
-      : items(tiles * heads * batches), tiles(tiles), together(together), last_group(heads * batches / together),
-        longest_last(longest_last), dealt(dealt), by_group(std::max(tiles * together, 1)), by_together(together),
-        by_rest(std::max(heads * batches % together, 1)), by_heads(heads) {}
-};
-
 /* Sizes and switches, the same for all kernels of a call. */
 struct Problem {
   int b, t_q, t_kv, h_q, h_kv;
@@ -98,11 +74,6 @@ struct Problem {
   __device__ __forceinline__ const GateRecord *gates_of(int batch, int head_kv) const {
     return gates + int64_t(batch * h_kv + head_kv) * gate_records;
   }
-};
-
-/* The tile of 64·groups rows that a persistent block works on; tile < 0: there are no more. */
-struct Item {
-  int head, batch, tile;
 };
 
 /* A barrier that counts arrivals and bytes, in shared memory. */
@@ -143,13 +114,10 @@ struct Dealer {
     RingPosition<kSeats> seat;
     for (int index = blockIdx.x, next;; index = next, seat.advance()) {
       next = gridDim.x + atomicAdd(deck.dealt, 1);  // long before it is needed
-      const int group = deck.by_group.divide(index), rest = index - group * int(deck.by_group.divisor);
-      const Divisor &by_size = group == deck.last_group ? deck.by_rest : deck.by_together;
-      const int row = by_size.divide(rest), flat = group * deck.together + rest - row * int(by_size.divisor);
-      const int batch = deck.by_heads.divide(flat), tile = deck.longest_last ? deck.tiles - 1 - row : row;
+      const Item next_item = deck.item(index);
 #pragma unroll 1
       for (int g = 0; g < kGroups; ++g) left[seat.slot][g].wait(seat.parity ^ 1);
-      item[seat.slot] = {flat - batch * int(deck.by_heads.divisor), batch, index >= deck.items ? -1 : tile};
+      item[seat.slot] = next_item;
       dealt[seat.slot].arrive();
       if (index >= deck.items) return;
     }
@@ -233,6 +201,17 @@ __device__ __forceinline__ bool warpgroup_any(int warpgroup, bool x) {
   return any;
 }
 
+/* Sizes of rows, as `normalize_rows` measures them, within which they stay as they are. */
+constexpr float kSmallRow = 0x1p-6f, kLargeRow = 0x1p6f;
+
+/* The power of two that brings `size` to [1, 2), 1 for 0. It is a normal number of T, so the product is exact but for entries that become
+ * subnormal beside the largest. */
+template <typename T>
+__device__ __forceinline__ float row_factor(float size) {
+  const int least = is_half<T> ? -14 : -126, most = is_half<T> ? 15 : 126;
+  return size > 0.f ? power_of_two(min(max(-ilogbf(size), least), most)) : 1.f;
+}
+
 /* Multiplies every row of a warpgroup's tile by a power of two (see "Scale" above), for the products that follow. Two threads share
  * a row, rows 16w … 16w+15 are warp w's; returns the factor of this thread's row (1 for a row of zeros). With bfloat16, a tile whose
  * rows all have their largest entry in [2^-6, 2^6) stays as it is: s^p keeps a margin of 2^±24 at most, and nothing is rewritten. */
@@ -255,10 +234,8 @@ __device__ __forceinline__ float normalize_rows(uint32_t tile, int thread, int w
   size = is_half<T> ? sqrtf(size + other) : fmaxf(size, other);
   const bool zero = !(size > 0.f);
   if constexpr (!is_half<T>)
-    if (!warpgroup_any(warpgroup, !zero && !(size >= 0x1p-6f && size < 0x1p6f))) return 1.f;
-  // The factor is a normal number of T, so the product is exact but for entries that become subnormal beside the largest.
-  const int least = is_half<T> ? -14 : -126, most = is_half<T> ? 15 : 126;
-  const float factor = zero ? 1.f : power_of_two(min(max(-ilogbf(size), least), most));
+    if (!warpgroup_any(warpgroup, !zero && !(size >= kSmallRow && size < kLargeRow))) return 1.f;
+  const float factor = row_factor<T>(size);
   const uint32_t pair = pack<T>(factor, factor);
 #pragma unroll
   for (int i = 0; i < kD / 16; ++i) {

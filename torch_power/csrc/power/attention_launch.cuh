@@ -4,8 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention_backward_kv.cuh"
-#include "attention_backward_q.cuh"
+#include "attention_backward_all.cuh"
 #include "attention_call.h"
 #include "attention_forward.cuh"
 #include "attention_prepare.cuh"
@@ -24,7 +23,7 @@ inline int64_t gate_records(const PowerAttentionShape &s) {
 
 /* Scratch of one call, carved from the caller's workspace: byte offsets, each a multiple of 256. */
 struct Workspace {
-  int64_t counters, gates, maxima, records, row_sum, column_sum, bytes;
+  int64_t counters, gates, maxima, records, row_sum, column_sum, turns, sums, bytes;
   Workspace(const PowerAttentionShape &s, bool backward) {
     int64_t at = 0;
     const auto take = [&at](int64_t size) {
@@ -39,6 +38,9 @@ struct Workspace {
     records = take(backward ? s.b * s.h_q * row_tiles * int64_t(sizeof(GatedQueryRecord)) : 0);
     row_sum = take(backward ? s.b * s.h_q * s.t * int64_t(sizeof(float)) : 0);
     column_sum = take(backward ? s.b * s.h_kv * s.t_kv * int64_t(sizeof(float)) : 0);
+    const bool all = backward && one_pass(s);
+    turns = take(all ? s.b * s.h_q * row_tiles * int64_t(sizeof(int)) : 0);
+    sums = take(all ? s.b * s.h_q * row_tiles * int64_t(kBackwardGroups * kHalfTile * sizeof(float)) : 0);
     bytes = at;
   }
 };
@@ -66,11 +68,11 @@ inline bool make_map(CUtensorMap *map, const PowerArray &a, int64_t b, int64_t t
 /* The deck of a kernel whose blocks hold `rows` rows of a head. Heads are dealt in equal groups. With few tiles a head, groups keep
  * all blocks busy twice over: what streams past them is then read from memory once (groups three times as large cost 20 % at
  * t = 512). With many, up to six times, as the group that is dealt last ends raggedly (groups of two cost 4 % at t = 4096). */
-inline Deck make_deck(const Call &call, const Workspace &at, int kernel, int64_t t, int rows, int64_t heads, bool longest_last) {
+inline Deck make_deck(const Call &call, const Workspace &at, int kernel, int64_t t, int rows, int64_t heads, bool last_first) {
   const int64_t tiles = (t + rows - 1) / rows, all = call.shape.b * heads, busy = std::clamp<int64_t>(tiles / 4, 2, 6);
   const int64_t groups = (all - 1) / (busy * call.multiprocessors / std::max<int64_t>(tiles, 1) + 1) + 1;
   int *dealt = reinterpret_cast<int *>(call.workspace + at.counters) + kernel;
-  return Deck(int(tiles), int(heads), int(call.shape.b), int((all + groups - 1) / groups), longest_last, dealt);
+  return Deck(int(tiles), int(heads), int(call.shape.b), int((all + groups - 1) / groups), last_first, dealt);
 }
 
 inline int32_t after_launch(const char *what) {
@@ -174,6 +176,8 @@ int32_t launch_forward(const Call &call) {
 
 template <typename T, int kD>
 int32_t launch_backward(const Call &call) {
+  if constexpr (!is_half<T> && kD == 128)
+    if (one_pass(call.shape) && !call.gates()) return launch_backward_all(call);
   const PowerAttentionShape &s = call.shape;
   const PowerAttentionArrays &x = call.arrays;
   const Workspace at(s, true);

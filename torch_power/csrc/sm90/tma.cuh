@@ -15,6 +15,10 @@ __device__ __forceinline__ void bulk_load(uint32_t smem, const void *gmem, uint3
 __device__ __forceinline__ void bulk_store(void *gmem, uint32_t smem, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(gmem), "r"(smem), "r"(bytes) : "memory");
 }
+/* The same, added to the float32 numbers that are there. */
+__device__ __forceinline__ void bulk_add(float *gmem, uint32_t smem, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(gmem), "r"(smem), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void tma_load_2d(uint32_t smem, const CUtensorMap *map, int x, int y, uint32_t barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
                    smem),

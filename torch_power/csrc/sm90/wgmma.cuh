@@ -61,6 +61,13 @@ __device__ __forceinline__ void pin(uint32_t (&x)[M][N]) {
   for (int i = 0; i < M; i++) pin(x[i]);
 }
 
+/* For accumulators that a product is about to start anew: what they held is not kept in registers for it, as `pin` would. */
+template <int N>
+__device__ __forceinline__ void claim(float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "=f"(x[i])::"memory");
+}
+
 template <int N, typename T>
 struct Wgmma;
 
