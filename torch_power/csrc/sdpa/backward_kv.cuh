@@ -104,10 +104,6 @@ __device__ __forceinline__ void backward_kv_store(BackwardKvSmem<T, kD, kGeneral
   bulk_wait<0>();
 }
 
-/* float16: P is at most 1 and 1/t on average, which its small numbers have few digits for. */
-template <typename T>
-constexpr float kWeightScale = is_half<T> ? 4096.f : 1.f;
-
 /* Pᵀ and dSᵀ of one tile of 64 queries as A operands. kEdge: queries before a key, columns < first_column + 8r, do not see it.
  * gains: `ColumnGains` with dropout, or `NoGains`. */
 template <typename T, bool kEdge, typename Gains>
