@@ -21,9 +21,11 @@
 
 namespace power::sdpa {
 
-/* d: slots stages pieces  why
- *  64: 2     4       2       K and V stay in registers as A operands too: products of 64 columns are bound by shared memory otherwise
- * 128: 1     3       2       64 KiB of K and V, 96 of stages, 32 of dS, 32 of dQ are all of shared memory */
+/* d: slots stages  why
+ *  64: 2     4       K and V stay in registers as A operands too (kFragments): products of 64 columns are bound by shared memory otherwise
+ * 128: 1     3       64 KiB of K and V, 96 of stages, 32 of dS, 32 of dQ are all of shared memory. dK, dV, S and dP do not fit 208 registers
+ *                    together, so S ends before dP begins (kOneByOne): P waits as pairs of float16, and dK takes dS from shared memory.
+ * Registers: dQ takes 64, two adding threads' counters 32, and the three kinds of warpgroups have 512 to share. */
 template <int kD>
 struct BackwardTiles {
   static constexpr int kSlots = kD == 64 ? 2 : 1, kStages = kD == 64 ? 4 : 3;
@@ -36,17 +38,18 @@ struct OnePassProblem : Problem {
   Timetable table;
   float scale;
   int d;
-  QueryRecord *records;  // [b, h_q, tiles of 64 queries]
+  QueryRecord *records;  // [b, h_q, tiles of 64 queries]: lse · log2 e − kLogWeight and δ / kWeight
   float *sums;           // [b, h_q, tiles of 64 queries, pieces]: dq before scaling
   int *turns;            // [b, h_q, tiles of 64 queries]: additions made
   void *dk, *dv;
   int64_t dk_stride[3], dv_stride[3];
 };
 constexpr int kBackwardGroups = 2;
-constexpr float kWeight = 4096.f;  // what P comes multiplied by: on average it is 1/t, which float16's small numbers have few digits for
-constexpr float kLogWeight = 12.f;
+/* What P comes multiplied by, as its exponents are less by kLogWeight: it is 1/t on average, which float16's small numbers have few digits
+ * for. dS comes without it. */
+constexpr float kWeight = 4096.f, kLogWeight = 12.f;
+constexpr int kPiece = kRows * kSlabColumns;  // of dQ, elements
 constexpr int kPieces = 2;
-constexpr int kPiece = kRows * kSlabColumns;  // elements
 constexpr int kBackwardThreads = (kBackwardGroups + 2) * kWarpgroup;
 
 /* What the loading thread says of a key block; visits < 0: there are no more. */
@@ -117,7 +120,8 @@ __device__ __forceinline__ void backward_load_keys(BackwardSmem<T, kD> &smem, co
   smem.k_full[seat.slot].arrive();
 }
 
-/* One of two adding threads: takes every second tile of dQ to its sum. */
+/* One of two adding threads: takes every second tile of dQ to its sum. Each has barriers of its own: one that sees only every second phase
+ * of a barrier cannot tell which. */
 template <typename T, int kD>
 __device__ __forceinline__ void backward_add(BackwardSmem<T, kD> &smem, const OnePassProblem &p, int which) {
   using Tiles = BackwardTiles<kD>;

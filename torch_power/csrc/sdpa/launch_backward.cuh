@@ -33,8 +33,8 @@ int32_t launch_backward_tiles(const Call &call) {
   const PowerSdpaArrays &x = call.arrays;
   const Workspace at(s, true);
   constexpr bool kHalf = is_half<T>;
-  using QTiles = BackwardQTiles<kD, kGeneral>;
-  using KvTiles = BackwardKvTiles<kD, kGeneral>;
+  using QTiles = BackwardQTiles<kD>;
+  using KvTiles = BackwardKvTiles<kD>;
   int *dealt = reinterpret_cast<int *>(call.workspace + at.counters);
   cudaMemsetAsync(dealt, 0, kCounters * sizeof(int), call.stream);
   BackwardProblem p = {};
@@ -153,8 +153,7 @@ int32_t launch_one_pass(const Call &call) {
 
 template <typename T, int kD>
 int32_t launch_backward(const Call &call) {
-  if constexpr (kD <= 128)
-    if (takes_one_pass<kD>(call)) return launch_one_pass<T, kD>(call);
+  if constexpr (kD <= 128) return takes_one_pass<kD>(call) ? launch_one_pass<T, kD>(call) : launch_backward_tiles<T, kD, true>(call);
   return is_general(call) ? launch_backward_tiles<T, kD, true>(call) : launch_backward_tiles<T, kD, false>(call);
 }
 
