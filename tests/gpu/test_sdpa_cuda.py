@@ -77,7 +77,7 @@ def test_matches_oracle(case, dtype):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# PyTorch's matrix: dtype × heads × causal × head size × lengths
+# PyTorch's matrix: dtype × heads × causal × window × head size × lengths
 # ---------------------------------------------------------------------------------------------------------------------
 
 LENGTHS = [
@@ -88,15 +88,24 @@ LENGTHS = [
 HEADS = {"mha": (3, 3), "mqa": (4, 1), "gqa": (6, 2)}
 
 
-def reference(q, k, v, dy, causal: bool, scale: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Attention and its gradients by PyTorch's own operations in `dtype`, heads repeated."""
+WINDOWS = {"all": None, "window": (100, 40)}
+
+
+def seen_keys(t: int, s: int, causal: bool, window: tuple[int, int] | None) -> torch.Tensor:
+    """Which key each query sees, `[t, s]`."""
+    ahead = torch.arange(s, device="cuda") - torch.arange(t, device="cuda")[:, None]
+    left, right = window or (t, s)
+    return (ahead >= -left) & (ahead <= (min(right, 0) if causal else right))
+
+
+def reference(q, k, v, dy, seen: torch.Tensor, scale: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Attention and its gradients by PyTorch's own operations in `dtype`, heads repeated; rows that see nothing give 0."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
     group = q.shape[1] // k.shape[1]
     wide = [leaves[0], *(x.repeat_interleave(group, 1) for x in leaves[1:])]
-    scores = wide[0] @ wide[1].mT * scale
-    if causal:
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
-    y = torch.softmax(scores, -1) @ wide[2]
+    any_key = seen.any(-1, keepdim=True)
+    scores = (wide[0] @ wide[1].mT * scale).masked_fill(~seen & any_key, -torch.inf)
+    y = torch.softmax(scores, -1).masked_fill(~any_key, 0) @ wide[2]
     return dict(zip(("y", "dq", "dk", "dv"), (y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))), strict=True))
 
 
@@ -107,13 +116,14 @@ def distance(x: torch.Tensor, want: torch.Tensor, dy: torch.Tensor) -> float:
     return (torch.linalg.vector_norm(x.double() - want) / (torch.linalg.vector_norm(dy.double()) if small else size)).item()
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (40, 96), (256, 256)], ids=str)
+@pytest.mark.parametrize("sizes", [(64, 64), (96, 96), (128, 128), (40, 96), (256, 256)], ids=str)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_matrix(dtype, heads, sizes, causal):
+def test_matrix(dtype, heads, sizes, causal, window):
     """Within the contract's bounds, and at most twice the error of PyTorch's operations in the same precision (1e-4 where those
-    are exact, as with one key)."""
+    are exact, as with one key). By the raw interface, as PyTorch's function has no window."""
     (h_q, h_kv), (d, e) = HEADS[heads], sizes
     bounds = cases_sdpa.bounds(dtype, "cuda")
     torch.manual_seed(0)
@@ -123,11 +133,15 @@ def test_matrix(dtype, heads, sizes, causal):
         b = 2 if t < 1000 else 1
         shapes = (b, h_q, t, d), (b, h_kv, s, d), (b, h_kv, s, e), (b, h_q, t, e)
         q, k, v, dy = (torch.randn(shape, device="cuda").to(DTYPES[dtype]) for shape in shapes)
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        y = attention(*leaves, is_causal=causal, enable_gqa=True, implementation="cuda")
-        got = dict(zip(("y", "dq", "dk", "dv"), (y.detach(), *torch.autograd.grad(y, leaves, dy)), strict=True))
-        exact = reference(q, k, v, dy, causal, d**-0.5, torch.float64)
-        rough = reference(q, k, v, dy, causal, d**-0.5, DTYPES[dtype])
+        call = spec_sdpa.SdpaCall(
+            b=b, t=t, s=s, h_q=h_q, h_kv=h_kv, d=d, e=e, scale=d**-0.5, dtype=dtype, causal=causal, window=WINDOWS[window]
+        )
+        y, lse, residual = kernels.forward(call, q, k, v, None, None, None, residual=True)
+        gradients = kernels.backward(call, q, k, v, None, None, None, y, lse, dy, residual)
+        got = dict(zip(("y", "dq", "dk", "dv"), (y, *gradients[:3]), strict=True))
+        seen = seen_keys(t, s, causal, WINDOWS[window])
+        exact = reference(q, k, v, dy, seen, d**-0.5, torch.float64)
+        rough = reference(q, k, v, dy, seen, d**-0.5, DTYPES[dtype])
         for name, want in exact.items():
             found, theirs = distance(got[name], want, dy), distance(rough[name], want, dy)
             assert found <= min(bounds[name], max(2 * theirs, 1e-4)), (t, s, name, found, theirs)
@@ -180,7 +194,7 @@ def test_large_scores_move_the_reference():
             v, dy = normal(1, 2, 1500, d).to(dtype), normal(1, 2, 1500, d).to(dtype)
             leaves = [x.requires_grad_() for x in (q, k, v)]
             got = gradients(attention(*leaves, is_causal=True, implementation="cuda"), leaves, dy)
-            want = reference(q, k, v, dy, True, d**-0.5, torch.float64)
+            want = reference(q, k, v, dy, seen_keys(1500, 1500, True, None), d**-0.5, torch.float64)
             bounds = cases_sdpa.bounds(str(dtype).removeprefix("torch."), "cuda")
             for (name, exact), x in zip(want.items(), got, strict=True):
                 assert distance(x, exact, dy) <= bounds[name], (dtype, d, name, distance(x, exact, dy))

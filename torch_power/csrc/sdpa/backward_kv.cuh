@@ -17,13 +17,12 @@
 namespace power::sdpa {
 
 /* d: groups stages  why
- *  64: 2     6       K and V stay in registers as A operands (kFragments), which halves what S and dP read from shared memory
- * 128: 2     3       dK and dV are 128 registers, so K and V cannot; 3 stages beside the two slots are all of shared memory
+ *  64: 2     6       all of shared memory that the slots leave, but for what more stages would not hide
+ * 128: 2     3       3 stages beside the two slots are all of shared memory
  * 256: 1     1       dK and dV would be 256 registers: a launch for each of them */
-template <int kD, bool kGeneral>
+template <int kD>
 struct BackwardKvTiles {
   static constexpr int kGroups = kD == 256 ? 1 : 2, kStages = kD == 64 ? 6 : kD == 128 ? 3 : 1;
-  static constexpr bool kFragments = kD == 64 && !kGeneral;
 };
 
 /* Which gradients a launch computes. */
@@ -31,7 +30,7 @@ enum Part : int { BOTH = 0, ONLY_DV = 1, ONLY_DK = 2 };
 
 template <typename T, int kD, bool kGeneral>
 struct BackwardKvSmem {
-  using Tiles = BackwardKvTiles<kD, kGeneral>;
+  using Tiles = BackwardKvTiles<kD>;
   static constexpr int kGroups = Tiles::kGroups, kStages = Tiles::kStages;
   T k[2][kGroups][kRows * kD];
   T v[2][kGroups][kRows * kD];
@@ -47,7 +46,7 @@ template <typename T, int kD, bool kGeneral>
 __device__ __forceinline__ void backward_kv_produce(BackwardKvSmem<T, kD, kGeneral> &smem, const CUtensorMap *q_map,
                                                     const CUtensorMap *k_map, const CUtensorMap *v_map, const CUtensorMap *dy_map,
                                                     const BackwardProblem &p) {
-  using Tiles = BackwardKvTiles<kD, kGeneral>;
+  using Tiles = BackwardKvTiles<kD>;
   constexpr int kGroups = Tiles::kGroups, kBlockRows = kGroups * kRows;
   const int row_tiles = (p.t_q + kRows - 1) / kRows, heads = p.h_q / p.h_kv;
   RingPosition<2> seat;
@@ -86,7 +85,7 @@ __device__ __forceinline__ void backward_kv_produce(BackwardKvSmem<T, kD, kGener
 template <typename T, int kD, bool kGeneral, Part kPart>
 __device__ __forceinline__ void backward_kv_store(BackwardKvSmem<T, kD, kGeneral> &smem, const CUtensorMap *dk_map,
                                                   const CUtensorMap *dv_map, const Problem &p) {
-  constexpr int kGroups = BackwardKvTiles<kD, kGeneral>::kGroups;
+  constexpr int kGroups = BackwardKvTiles<kD>::kGroups;
   RingPosition<2> seat;
   for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance())
 #pragma unroll 1
@@ -103,10 +102,6 @@ __device__ __forceinline__ void backward_kv_store(BackwardKvSmem<T, kD, kGeneral
     }
   bulk_wait<0>();
 }
-
-/* float16: P is at most 1 and 1/t on average, which its small numbers have few digits for. */
-template <typename T>
-constexpr float kWeightScale = is_half<T> ? 4096.f : 1.f;
 
 /* Pᵀ and dSᵀ of one tile of 64 queries as A operands. kEdge: queries before a key, columns < first_column + 8r, do not see it.
  * gains: `ColumnGains` with dropout, or `NoGains`. */
@@ -143,7 +138,7 @@ __device__ __forceinline__ void differentiate_columns(const float (&score)[kRows
 template <typename T, int kD, bool kGeneral, Part kPart>
 __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGeneral> &smem, const BackwardProblem &p, const General &general,
                                                     int group) {
-  using Tiles = BackwardKvTiles<kD, kGeneral>;
+  using Tiles = BackwardKvTiles<kD>;
   constexpr int kBlockRows = Tiles::kGroups * kRows;
   const Fragment at(threadIdx.x % kWarpgroup);
   const int heads = p.h_q / p.h_kv;
@@ -158,8 +153,6 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGener
       smem.kv_full[seat.slot][group].wait(seat.parity);
       if (p.negative) negate_rows<kD>(k_smem, at.thread, group);
     }
-    uint32_t k_fragments[kD / 16][4], v_fragments[kD / 16][4];
-    if constexpr (Tiles::kFragments) load_fragments<kD>(k_fragments, k_smem, at), load_fragments<kD>(v_fragments, v_smem, at);
     float dk[kD / 2], dv[kD / 2];
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) dk[i] = dv[i] = 0.f;
@@ -179,8 +172,7 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGener
         const uint32_t q_smem = smem_address(smem.q[ring.slot]), dy_smem = smem_address(smem.dy[ring.slot]);
         pin(score);
         wgmma_fence();
-        if constexpr (Tiles::kFragments) multiply_fragments<T, kD, kRows>(score, k_fragments, q_smem);
-        else multiply_rows<T, kD, kRows>(score, k_smem, q_smem);
+        multiply_rows<T, kD, kRows>(score, k_smem, q_smem);
         wgmma_commit();
         wgmma_wait<1>();  // ends the sums of the tile before, whose operands' registers dPᵀ needs
         if constexpr (kPart != ONLY_DV) pin(dk);
@@ -189,8 +181,7 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGener
         if constexpr (kPart != ONLY_DV) {
           pin(dweight);
           wgmma_fence();
-          if constexpr (Tiles::kFragments) multiply_fragments<T, kD, kRows>(dweight, v_fragments, dy_smem);
-          else multiply_rows<T, kD, kRows>(dweight, v_smem, dy_smem);
+          multiply_rows<T, kD, kRows>(dweight, v_smem, dy_smem);
           wgmma_commit();
         } else {
 #pragma unroll
@@ -244,12 +235,12 @@ __device__ __forceinline__ void backward_kv_consume(BackwardKvSmem<T, kD, kGener
 }
 
 template <typename T, int kD, bool kGeneral, Part kPart>
-__global__ void __launch_bounds__((BackwardKvTiles<kD, kGeneral>::kGroups + 1) * kWarpgroup, 1)
+__global__ void __launch_bounds__((BackwardKvTiles<kD>::kGroups + 1) * kWarpgroup, 1)
     backward_kv_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                        const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap dy_map,
                        const __grid_constant__ CUtensorMap dk_map, const __grid_constant__ CUtensorMap dv_map,
                        const __grid_constant__ BackwardProblem p, const __grid_constant__ General general) {
-  using Tiles = BackwardKvTiles<kD, kGeneral>;
+  using Tiles = BackwardKvTiles<kD>;
   constexpr int kGroups = Tiles::kGroups;
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto &smem = *reinterpret_cast<BackwardKvSmem<T, kD, kGeneral> *>(smem_bytes);

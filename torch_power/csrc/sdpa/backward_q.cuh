@@ -1,4 +1,5 @@
-/* Backward of scaled dot-product attention, first kernel: dq, and what the second kernel needs of every query.
+/* Backward of scaled dot-product attention in two kernels, for what the one-pass kernel (backward.cuh) does not serve: masks, biases,
+ * dropout, windows, head sizes above 128. First kernel: dq, and what the second kernel needs of every query.
  *
  *     dq_i = scale · Σ_j dS_ij k_j,   dS = P ∘ (dP − δ),   P_ij = exp(S_ij − lse_i),   dP = dY Vᵀ,   δ_i = dy_i·y_i
  *
@@ -15,17 +16,13 @@
 
 namespace power::sdpa {
 
-/* d: groups keys stages  why
- *  64: 2     128  4       S, dP, dQ, dS are 64 + 64 + 32 + 32 registers: fits 240; wider products load less from shared memory
- * 128: 2     64   3       dQ is 64 registers already; 3 stages beside the two slots are all of shared memory. Q and dY stay in registers
- *                         as A operands (kFragments): products of 64 columns with both operands in shared memory are bound by it
- * 256: 1     64   1       dQ is 128 registers, and the two slots of one warpgroup are 128 KiB
- * General kernels have tiles of 64 keys and no fragments: what their masks need are registers. */
-template <int kD, bool kGeneral>
+/* d: groups stages of 64 keys  why
+ *  64: 2     8       all of shared memory that the slots leave
+ * 128: 2     3       the same
+ * 256: 1     1       dQ is 128 registers, and the two slots of one warpgroup are 128 KiB */
+template <int kD>
 struct BackwardQTiles {
-  static constexpr int kGroups = kD == 256 ? 1 : 2, kKeys = kD == 64 && !kGeneral ? 128 : 64;
-  static constexpr int kStages = kD == 64 ? (kGeneral ? 8 : 4) : kD == 128 ? 3 : 1;
-  static constexpr bool kFragments = kD == 128 && !kGeneral;
+  static constexpr int kGroups = kD == 256 ? 1 : 2, kKeys = 64, kStages = kD == 64 ? 8 : kD == 128 ? 3 : 1;
 };
 constexpr int kBackwardProducerRegisters = 24, kBackwardConsumerRegisters = 240;
 
@@ -38,7 +35,7 @@ struct BackwardProblem : Problem {
 
 template <typename T, int kD, bool kGeneral>
 struct BackwardQSmem {
-  using Tiles = BackwardQTiles<kD, kGeneral>;
+  using Tiles = BackwardQTiles<kD>;
   static constexpr int kGroups = Tiles::kGroups;
   T q[2][kGroups][kRows * kD];
   T dy[2][kGroups][kRows * kD];
@@ -52,7 +49,7 @@ struct BackwardQSmem {
 template <typename T, int kD, bool kGeneral>
 __device__ __forceinline__ void backward_q_produce(BackwardQSmem<T, kD, kGeneral> &smem, const CUtensorMap *q_map, const CUtensorMap *k_map,
                                                    const CUtensorMap *v_map, const CUtensorMap *dy_map, const Problem &p) {
-  using Tiles = BackwardQTiles<kD, kGeneral>;
+  using Tiles = BackwardQTiles<kD>;
   constexpr int kKeys = Tiles::kKeys, kGroups = Tiles::kGroups, kBlockRows = kGroups * kRows;
   RingPosition<2> seat;
   RingPosition<Tiles::kStages> ring;
@@ -84,7 +81,7 @@ __device__ __forceinline__ void backward_q_produce(BackwardQSmem<T, kD, kGeneral
 /* The storing thread: results leave through the slots of the tiles they replace, which are free again once they have been read. */
 template <typename T, int kD, bool kGeneral>
 __device__ __forceinline__ void backward_q_store(BackwardQSmem<T, kD, kGeneral> &smem, const CUtensorMap *dq_map, const Problem &p) {
-  constexpr int kGroups = BackwardQTiles<kD, kGeneral>::kGroups;
+  constexpr int kGroups = BackwardQTiles<kD>::kGroups;
   RingPosition<2> seat;
   for (Item item; (item = smem.dealer.receive(seat)).tile >= 0; seat.advance())
 #pragma unroll 1
@@ -150,9 +147,8 @@ __device__ __forceinline__ void differentiate_rows(const float (&score)[kKeys / 
 template <typename T, int kD, bool kGeneral>
 __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGeneral> &smem, const BackwardProblem &p, const General &general,
                                                    int group) {
-  using Tiles = BackwardQTiles<kD, kGeneral>;
+  using Tiles = BackwardQTiles<kD>;
   constexpr int kKeys = Tiles::kKeys, kBlockRows = Tiles::kGroups * kRows;
-  constexpr bool kFragments = Tiles::kFragments;
   const Fragment at(threadIdx.x % kWarpgroup);
   const int row_tiles = (p.t_q + kRows - 1) / kRows;
   RingPosition<2> seat;
@@ -183,8 +179,6 @@ __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGeneral
 #pragma unroll
       for (int i = 0; i < kD / 2; ++i) dq[i] = 0.f;
       if (p.negative) negate_rows<kD>(q_smem, at.thread, group);
-      uint32_t q_fragments[kD / 16][4], dy_fragments[kD / 16][4];
-      if constexpr (kFragments) load_fragments<kD>(q_fragments, q_smem, at), load_fragments<kD>(dy_fragments, dy_smem, at);
       const HeadMasks masks(general, item.batch, item.head);  // without kGeneral, never looked at
 
 #pragma unroll 1
@@ -198,20 +192,10 @@ __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGeneral
         // With one stage, the sum that reads this stage's last content has ended before it was filled again.
         smem.kv_full[ring.slot].wait(ring.parity);
         pin(score);
-        if constexpr (kFragments) {
-          wgmma_fence();
-          multiply_fragments<T, kD, kKeys>(score, q_fragments, k_smem);
-          wgmma_commit();
-          wgmma_wait<1>();  // ends dQ += dS K of the tile before, whose operand's registers dP needs
-          pin(dweight);
-          wgmma_fence();
-          multiply_fragments<T, kD, kKeys>(dweight, dy_fragments, v_smem);
-        } else {
-          pin(dweight);
-          wgmma_fence();
-          multiply_rows<T, kD, kKeys>(score, q_smem, k_smem);
-          multiply_rows<T, kD, kKeys>(dweight, dy_smem, v_smem);
-        }
+        pin(dweight);
+        wgmma_fence();
+        multiply_rows<T, kD, kKeys>(score, q_smem, k_smem);
+        multiply_rows<T, kD, kKeys>(dweight, dy_smem, v_smem);
         wgmma_commit();
         wgmma_wait<0>();  // also ends dQ += dS K of the tile before
         pin(score);
@@ -257,12 +241,12 @@ __device__ __forceinline__ void backward_q_consume(BackwardQSmem<T, kD, kGeneral
 }
 
 template <typename T, int kD, bool kGeneral>
-__global__ void __launch_bounds__((BackwardQTiles<kD, kGeneral>::kGroups + 1) * kWarpgroup, 1)
+__global__ void __launch_bounds__((BackwardQTiles<kD>::kGroups + 1) * kWarpgroup, 1)
     backward_q_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                       const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap dy_map,
                       const __grid_constant__ CUtensorMap dq_map, const __grid_constant__ BackwardProblem p,
                       const __grid_constant__ General general) {
-  using Tiles = BackwardQTiles<kD, kGeneral>;
+  using Tiles = BackwardQTiles<kD>;
   constexpr int kGroups = Tiles::kGroups;
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto &smem = *reinterpret_cast<BackwardQSmem<T, kD, kGeneral> *>(smem_bytes);

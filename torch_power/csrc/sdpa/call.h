@@ -20,9 +20,15 @@ struct Call {
 constexpr int kCounters = 3;  // of items dealt, one a kernel
 constexpr int64_t kRecordBytes = 64 * 8;  // lse and delta of 64 queries
 struct Workspace {
-  int64_t counters = 0, records = 256, bytes;
-  Workspace(const PowerSdpaShape &s, bool backward)
-      : bytes(records + (backward ? s.b * s.h_q * ((s.t_q + 63) / 64) * kRecordBytes : 0)) {}
+  int64_t counters = 0, records = 256, sums, turns, bytes;  // sums and turns of the one-pass backward kernel
+  Workspace(const PowerSdpaShape &s, bool backward) {
+    const int64_t size = s.d > s.e ? s.d : s.e, tiles = backward ? s.b * s.h_q * ((s.t_q + 63) / 64) : 0;
+    const bool one_pass = size <= 128 && !s.window && s.causal != POWER_CAUSAL_BOTTOM_RIGHT && s.dropout_p == 0;
+    sums = round_up(records + tiles * kRecordBytes);
+    turns = sums + (one_pass ? tiles * 64 * (size > 64 ? 128 : 64) * int64_t(sizeof(float)) : 0);
+    bytes = round_up(turns + (one_pass ? tiles * int64_t(sizeof(int32_t)) : 0));
+  }
+  static int64_t round_up(int64_t x) { return (x + 255) / 256 * 256; }
 };
 inline int64_t workspace_bytes(const PowerSdpaShape &shape, bool backward) { return Workspace(shape, backward).bytes; }
 

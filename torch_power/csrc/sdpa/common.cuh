@@ -60,6 +60,10 @@ struct QueryRecord {
 };
 static_assert(sizeof(QueryRecord) == 8 * kRows, "the workspace has room for this");
 
+/* float16: P is at most 1 and 1/t on average, which its small numbers have few digits for. What Pᵀ is multiplied by as an operand. */
+template <typename T>
+constexpr float kWeightScale = is_half<T> ? 4096.f : 1.f;
+
 /* What `residual` is multiplied by: float16's small numbers have few digits. */
 template <typename T>
 constexpr float kResidualScale = is_half<T> ? 2048.f : 1.f;
@@ -108,6 +112,34 @@ __device__ __forceinline__ void multiply_by_warp(float (&c)[4], const uint32_t (
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* As `pin`, for accumulators that a product starts anew: what they held before is not kept. */
+template <int N>
+__device__ __forceinline__ void claim(float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "=f"(x[i])::"memory");
+}
+
+/* Adds floats in shared memory to device memory; joins the thread's open bulk group. */
+__device__ __forceinline__ void bulk_add(float *gmem, uint32_t smem, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(gmem), "r"(smem), "r"(bytes)
+               : "memory");
+}
+/* What was done before a release is seen by whoever acquires the value, on any multiprocessor; what the copy engine did or will do in
+ * device memory, with this fence between. */
+__device__ __forceinline__ int load_acquire(const int *address) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(address) : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_release(int *address, int x) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
+}
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+__device__ __forceinline__ int64_t row_offset(const int64_t (&stride)[3], int batch, int head, int row) {
+  return batch * stride[0] + head * stride[1] + row * stride[2];
 }
 
 /* Flips the sign of a warpgroup's 64-row tile. */

@@ -54,6 +54,23 @@ int32_t launch_persistent(const Call &call, const char *what, void (*kernel)(Par
   return after_launch(what);
 }
 
+/* Launches a kernel whose blocks, at most one a multiprocessor, wait for each other: all run at the same time, or the launch fails. */
+template <typename Smem, typename... Parameters, typename... Arguments>
+int32_t launch_together(const Call &call, const char *what, void (*kernel)(Parameters...), int blocks, int threads,
+                        const Arguments &...arguments) {
+  static_assert(sizeof(Smem) <= 232448, "shared memory of a multiprocessor");
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = sizeof(Smem), config.stream = call.stream;
+  config.attrs = &together, config.numAttrs = 1;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Smem)) == cudaSuccess)
+    cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  return after_launch(what);
+}
+
 inline Problem make_problem(const Call &call) {
   const PowerSdpaShape &s = call.shape;
   Problem p = {};

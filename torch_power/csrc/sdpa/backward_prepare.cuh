@@ -1,0 +1,85 @@
+/* What surrounds the backward kernels: lse and δ of every query before them, and after the one-pass kernel the rounding of dq. */
+#pragma once
+
+#include "backward.cuh"
+
+namespace power::sdpa {
+
+/* Where y, dy and dq lie, [b, h_q, t_q, ·] with a contiguous last axis. */
+struct RowArrays {
+  const void *y, *dy;
+  void *dq;
+  int64_t y_stride[3], dy_stride[3], dq_stride[3];
+};
+
+/* No additions made yet; lse · log2 e and δ = dy·y of 64 queries a block; kD / 8 threads share a row. y to the digits that its residual adds. */
+template <typename T, int kD>
+__global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ OnePassProblem p, const __grid_constant__ RowArrays x) {
+  constexpr int kThreads = kD / 8, kStep = 256 / kThreads;
+  const int tile = blockIdx.x % p.table.tiles, flat = blockIdx.x / p.table.tiles;
+  const int batch = flat / p.h_q, head = flat % p.h_q, chunk = threadIdx.x % kThreads;
+  if (threadIdx.x == 0) p.turns[blockIdx.x] = 0;
+#pragma unroll
+  for (int at = threadIdx.x / kThreads; at < kRows; at += kStep) {
+    const int row = tile * kRows + at;
+    float sum = 0.f;
+    if (row < p.t_q && 8 * chunk < p.e) {
+      const uint4 dy = *reinterpret_cast<const uint4 *>(static_cast<const T *>(x.dy) + row_offset(x.dy_stride, batch, head, row) + 8 * chunk);
+      const uint4 y = *reinterpret_cast<const uint4 *>(static_cast<const T *>(x.y) + row_offset(x.y_stride, batch, head, row) + 8 * chunk);
+      uint4 rest = make_uint4(0, 0, 0, 0);
+      if (p.residual)
+        rest = *reinterpret_cast<const uint4 *>(static_cast<const T *>(p.residual) + row_offset(p.residual_stride, batch, head, row) + 8 * chunk);
+      const uint32_t a[4] = {dy.x, dy.y, dy.z, dy.w}, b[4] = {y.x, y.y, y.z, y.w}, c[4] = {rest.x, rest.y, rest.z, rest.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 u = Pair<T>::unpack(a[j]), high = Pair<T>::unpack(b[j]), low = Pair<T>::unpack(c[j]);
+        sum += u.x * (high.x + low.x * (1.f / kResidualScale<T>)) + u.y * (high.y + low.y * (1.f / kResidualScale<T>));
+      }
+    }
+#pragma unroll
+    for (int lanes = 1; lanes < kThreads; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    if (chunk == 0) {
+      float lse = row < p.t_q ? p.lse[row_offset(p.lse_stride, batch, head, row)] * kLog2E : kNegativeInfinity;
+      if (lse == kNegativeInfinity) lse = -kNegativeInfinity;
+      float *pair = &p.records[blockIdx.x].lse_delta[at >> 1].x + (at & 1);
+      pair[0] = lse - kLogWeight, pair[2] = sum * (1.f / kWeight);
+    }
+  }
+}
+
+/* dq = |scale| · the sums, rounded, a block a tile of 64 queries (for a negative scale the sums are of −k). */
+template <typename T, int kD>
+__global__ void __launch_bounds__(kWarpgroup) finish_kernel(const __grid_constant__ OnePassProblem p, const __grid_constant__ RowArrays x) {
+  const int tile = blockIdx.x % p.table.tiles, flat = blockIdx.x / p.table.tiles, batch = flat / p.h_q, head = flat % p.h_q;
+  const Fragment at(threadIdx.x);
+  const float scale = fabsf(p.scale);
+  const float4 *sums = reinterpret_cast<const float4 *>(p.sums + int64_t(blockIdx.x) * kRows * kD) + threadIdx.x;
+#pragma unroll
+  for (int part = 0; part < kD / 32; ++part) {  // 32 columns, which the four threads of a row exchange for eight each
+    float4 sum[4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) sum[n] = sums[(4 * part + n) * kWarpgroup];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = tile * kRows + at.row + 8 * r, column = 32 * part + 8 * at.quad;
+      uint32_t own[4], got[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) own[n] = r ? pack<T>(sum[n].z * scale, sum[n].w * scale) : pack<T>(sum[n].x * scale, sum[n].y * scale);
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {  // thread q sends its pair of block q ^ step, and gets one of block q
+        const int block = at.quad ^ step;
+        const uint32_t sent = block == 0 ? own[0] : block == 1 ? own[1] : block == 2 ? own[2] : own[3];
+        got[step] = __shfl_xor_sync(~0u, sent, step);
+      }
+      const auto from = [&](int quad) {
+        const int step = quad ^ at.quad;
+        return step == 0 ? got[0] : step == 1 ? got[1] : step == 2 ? got[2] : got[3];
+      };
+      if (row < p.t_q && column < p.d)
+        *reinterpret_cast<uint4 *>(static_cast<T *>(x.dq) + row_offset(x.dq_stride, batch, head, row) + column) =
+            make_uint4(from(0), from(1), from(2), from(3));
+    }
+  }
+}
+
+}  // namespace power::sdpa
