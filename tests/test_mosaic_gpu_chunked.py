@@ -7,6 +7,7 @@ does.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 
 from bridge import cases, spec
-from jax_power.mosaic_gpu import chunked, chunked_prepare
+from jax_power import ops
+from jax_power.mosaic_gpu import chunked, chunked_prepare, power
 from tests import mosaic_gpu_formulas
 
 Case = cases.Case
@@ -29,14 +31,14 @@ def call_of(case: Case, arrays: dict[str, Any]) -> spec.PowerCall:
     )
 
 
-def run(case: Case, arrays: dict[str, Any]) -> dict[str, Any]:
+def run(case: Case, arrays: dict[str, Any], kernels: Any = power) -> dict[str, Any]:
     """y, the last state and the gradients, by name, from the kernels."""
     call = call_of(case, arrays)
-    assert chunked.supports(call, "cuda") is None
+    assert power.supports(call, "cuda") is None
     inputs = [None if name not in arrays else jnp.asarray(arrays[name]) for name in ("q", "k", "v", "log_g", "s0", "z0")]
-    y, norm, s, z = chunked.forward(call, *inputs)
+    y, norm, s, z = kernels.forward(call, *inputs)
     upstream = [None if name not in arrays else jnp.asarray(arrays[name]) for name in ("dy", "ds", "dz")]
-    grads = chunked.backward(call, *inputs, y, norm, *upstream)
+    grads = kernels.backward(call, *inputs, y, norm, *upstream)
     results = dict(zip(("y", "s", "z", "dq", "dk", "dv", "dlog_g", "ds0", "dz0"), (y, s, z, *grads), strict=True))
     return {name: x for name, x in results.items() if x is not None}
 
@@ -84,13 +86,15 @@ def test_around_the_kernels_matches_oracle(monkeypatch: pytest.MonkeyPatch, dtyp
 
 def test_vmap_becomes_part_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     mosaic_gpu_formulas.use(monkeypatch)
+    registered = ops.POWER["mosaic_gpu"]
     case = Case("mapped", b=2, t=20, d=8, e=8, h_q=2, h_kv=1)
     one, two = (case.make("bfloat16", seed) for seed in (0, 1))
     mapped = {name: name in ("q", "log_g") for name in one}
     arrays = {name: jnp.stack((one[name], two[name])) if mapped[name] else jnp.asarray(x) for name, x in one.items()}
-    got = jax.jit(jax.vmap(lambda x: run(case, x), in_axes=({name: 0 if mapped[name] else None for name in one},)))(arrays)
+    axes = ({name: 0 if is_mapped else None for name, is_mapped in mapped.items()},)
+    got = jax.jit(jax.vmap(lambda x: run(case, x, registered), in_axes=axes))(arrays)
     for n in range(2):
-        want = jax.jit(lambda x: run(case, x))({name: x[n] if mapped[name] else x for name, x in arrays.items()})
+        want = jax.jit(lambda x: run(case, x, registered))({name: x[n] if mapped[name] else x for name, x in arrays.items()})
         for name, x in want.items():
             np.testing.assert_array_equal(np.asarray(got[name][n]), np.asarray(x), err_msg=name)
 
@@ -137,10 +141,30 @@ def test_scans_of_chunks_are_the_recurrence(reverse: bool) -> None:
     ],
 )
 def test_says_what_it_lacks(change: dict[str, Any], why: str) -> None:
-    import dataclasses
-
     case = Case("served", t=8, d=16, e=16)
     call = call_of(case, case.make("bfloat16"))
     assert chunked.supports(call, "cuda") is None
     assert (chunked.supports(dataclasses.replace(call, **change), "cuda") or "").startswith(why)
     assert (chunked.supports(call, "cpu") or "").startswith("device cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "form"),
+    [
+        ({"t": power.CROSSING[64] - 1}, "attention"),
+        ({"t": power.CROSSING[64]}, "chunked"),
+        ({"t": power.CROSSING[64], "e": 128}, "attention"),
+        ({"t": power.CROSSING[128], "e": 128}, "chunked"),
+        ({"t": 10**6, "e": 20}, "attention"),
+        ({"t": 10**6, "deg": 4}, "attention"),
+        ({"t": 5, "auto_form": False}, "chunked"),
+        ({"t": 5, "return_state": True}, "chunked"),
+    ],
+    ids=str,
+)
+def test_the_form_left_open_is_the_faster_one_that_is_served(change: dict[str, Any], form: str) -> None:
+    case = Case("planned", t=8, d=64, e=64)
+    call = dataclasses.replace(call_of(case, case.make("bfloat16")), **{"auto_form": True, **change})
+    planned = power.plan(call)
+    assert planned.form == form
+    assert power.supports(planned, "cuda") is None
