@@ -1,13 +1,16 @@
-"""The Pallas kernels of the chunked form without a GPU: all lower for CUDA, and with the kernels' formulas in plain JAX in
-their places what is around them matches the float64 oracle.
+"""The Pallas kernels of the chunked form without a GPU: all lower for CUDA, and interpreted they match the float64 oracle; so
+does what is around them with the kernels' formulas in plain JAX in their places, which is fast enough for more cases.
 
-The products of these kernels take their left operand from registers, which the Mosaic interpreter does not run: `tests/gpu`
-does.
+`tests/mosaic_gpu_interpreted.py` says what interpreting tests, and what it does not.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -17,8 +20,9 @@ import pytest
 
 from bridge import cases, spec
 from jax_power import ops
-from jax_power.mosaic_gpu import chunked, chunked_prepare, power
+from jax_power.mosaic_gpu import chunked, chunked_fwd, chunked_prepare, power
 from tests import mosaic_gpu_formulas
+from tests.mosaic_gpu_interpreted import interpreted
 
 Case = cases.Case
 
@@ -60,6 +64,31 @@ def test_lowers_for_cuda(dtype: str, case: Case) -> None:
     lowered = jax.jit(lambda x: run(case, x)).trace(case.make(dtype)).lower(lowering_platforms=("cuda",))
     # Forward: three stagings, moments, update, query; backward: four stagings, two moments, two updates, both gradients.
     assert lowered.as_text().count("@mosaic_gpu_v2") == 16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interpreting
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def interpret() -> None:
+    """Every kernel, with an initial state, in the shortest chunk that blocks of two warpgroups take."""
+    case = Case("interpreted", t=70, h_q=1, h_kv=1, d=64, e=64, initial_state=True)
+    arrays = case.make("bfloat16")
+    with interpreted(jnp.float16) as patch:
+        patch.setattr(chunked_prepare, "chunk_length", lambda t, d, e: 128)
+        patch.setattr(chunked_fwd, "query_groups", lambda z: 2)
+        got = run(case, arrays)
+    found = cases.errors({name: np.asarray(x) for name, x in got.items()}, case.exact(arrays), case, arrays["dy"])
+    cases.assert_within(found, cases.bounds("bfloat16", "mosaic_gpu", case), case.name)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="before JAX 0.12 no interpreter lets a last release go unseen")
+def test_interpreted_matches_oracle() -> None:
+    """In a process of its own: the interpreter's warpgroups wait for each other, and need as many threads of XLA's."""
+    code = "from tests import test_mosaic_gpu_chunked; test_mosaic_gpu_chunked.interpret()"
+    root = pathlib.Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"NPROC": "8"}, check=True, timeout=300)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
