@@ -1,7 +1,7 @@
 """The chunked form on Hopper: glue between the interface every implementation has and the Pallas kernels.
 
-Calls with a state, and those of form 'recurrent', are served by the same kernels: the sums are the same. The chunk length is
-the kernels' own (`chunked_prepare.chunk_length`): results do not depend on it.
+Calls of form 'recurrent' are served by the same kernels: the sums are the same. The chunk length is the kernels' own
+(`chunked_prepare.chunk_length`): results do not depend on it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
     """None, or why the kernels of the chunked form cannot serve `call`: the argument, and what would work."""
     if device != "cuda":
         return f"device {device}: the kernels run on a Hopper GPU; move the arrays there"
+    return lacks(call) or platforms.not_hopper()
+
+
+def lacks(call: spec.PowerCall) -> str | None:
+    """`supports`, whatever the device."""
     if call.deg != 2:
         return f"deg={call.deg}: the chunked kernels take 2; form='attention' without a state takes 1 to 4"
     if not call.causal:
@@ -25,9 +30,14 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
     if len(set(call.dtypes)) > 1 or call.dtypes[0] not in ("bfloat16", "float16"):
         return f"dtypes {', '.join(call.dtypes)} of q, k, v: the kernels take bfloat16 or float16, the same for all three"
     for name, size in (("d", call.d), ("e", call.e)):
-        if not 8 <= size <= 128 or size % 8:
-            return f"head size {name}={size}: the chunked kernels take multiples of 8 up to 128"
-    return platforms.not_hopper()
+        if not 8 <= size <= 64 or size % 8:
+            return f"head size {name}={size}: the chunked kernels take multiples of 8 up to 64; form='attention' up to 128"
+    # Right in the interpreter, but not yet held to the oracle on a GPU.
+    if call.group > 1:
+        return f"h_q={call.h_q}, h_kv={call.h_kv}: the chunked kernels take as many of both; repeat k and v"
+    if call.has_state or call.return_state:
+        return "initial_state, return_state: the chunked kernels do not take them; implementation='xla' does"
+    return None
 
 
 def forward(

@@ -1,7 +1,7 @@
 """Power attention on Hopper GPUs in Pallas: the kernels behind the interface every implementation has.
 
-`jax_power.mosaic_gpu.attention` is the attention form, `jax_power.mosaic_gpu.chunked` the chunked one (degree 2); here is the
-choice between them.
+`jax_power.mosaic_gpu.attention` is the attention form, `jax_power.mosaic_gpu.chunked` the chunked one (degree 2, heads of up to
+64); here is the choice between them.
 """
 
 from __future__ import annotations
@@ -14,26 +14,20 @@ from jax import Array
 from bridge import spec
 from jax_power.mosaic_gpu import attention, chunked
 
-# Tokens from which the chunked form is faster, by the head size that kernels pad to: one H100, forward and backward together,
-# nanoseconds a token and head (benchmarks/results/gpu_pallas_h100.json).
-CROSSING = {
-    64: 9_200,
-    128: 17_000,
-}
+# Tokens from which the chunked form is faster: one H100, d = e = 64, kernels forward and backward together, nanoseconds a token
+# and head: chunked 9.0 at t = 65536, with gates; attention 2.5 at t = 2048 and 14.4 at 16384, without (NOTES).
+CROSSING = 9_900
 
 
 def plan(call: spec.PowerCall) -> spec.PowerCall:
     """Replace a form that was left open by the one that is faster here, forward and backward together.
 
-    What the chunked kernels lack (other degrees, no mask, heads of more than 128 or not of whole tiles) is left to the
-    attention form.
+    What the chunked kernels lack is left to the attention form.
     """
     if not call.auto_form or call.has_state or call.return_state:
         return call
-    if call.deg != 2 or not call.causal or call.d % 8 or call.e % 8 or max(call.d, call.e) > 128:
-        return dataclasses.replace(call, form="attention")
-    crossing = CROSSING[64 if max(call.d, call.e) <= 64 else 128]
-    return dataclasses.replace(call, form="attention" if call.t < crossing else "chunked")
+    short = call.t < CROSSING or chunked.lacks(call) is not None
+    return dataclasses.replace(call, form="attention" if short else "chunked")
 
 
 def supports(call: spec.PowerCall, device: str) -> str | None:
@@ -46,7 +40,7 @@ def forward(
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """y `[b, t, h_q, e]` in the dtype of v, norm `[b, t, h_q]` float32, and the final state (None unless asked for).
 
-    A call with a state, and one of form 'recurrent', is served by the chunked kernels whatever the form: the sums are the same.
+    A call of form 'recurrent' is served by the chunked kernels: the sums are the same.
     """
     return _form(call).forward(call, q, k, v, log_g, s0, z0)
 

@@ -36,7 +36,10 @@ INPUTS = ("q", "k", "v", "log_g", "s0", "z0")
 def attend(package: Any, inputs: dict[str, Any], options: dict[str, Any]) -> tuple[Any, ...]:
     """(y,) or (y, s, z) of either package's public function."""
     state = package.PowerState(inputs["s0"], inputs["z0"]) if "s0" in inputs else None
-    result = package.power_attention(*(inputs.get(name) for name in INPUTS[:4]), initial_state=state, **options)
+    try:
+        result = package.power_attention(*(inputs.get(name) for name in INPUTS[:4]), initial_state=state, **options)
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
     return (result[0], *result[1]) if options["return_state"] else (result,)
 
 
@@ -54,10 +57,7 @@ def results(case: Case, arrays: dict[str, Any], form: str = "chunked") -> dict[s
 
 
 def run(case: Case, arrays: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return {name: np.asarray(x) for name, x in jax.jit(functools.partial(results, case))(arrays).items()}
-    except NotImplementedError as reason:
-        pytest.skip(str(reason))
+    return {name: np.asarray(x) for name, x in jax.jit(functools.partial(results, case))(arrays).items()}
 
 
 def assert_equal_bits(got: dict[str, Any], want: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ def test_longer_than_a_chunk(changes: dict[str, Any], dtype: str) -> None:
 
 def test_runs_give_equal_bits_whatever_memory_held() -> None:
     """One program, run again and again; memory was full of NaN, then of ones, then of what earlier runs left."""
-    case = Case("repeated", t=2500, h_q=4, h_kv=2, d=64, e=64, initial_state=True, return_state=True)
+    case = Case("repeated", t=2500, d=64, e=64)
     arrays = {name: jnp.asarray(x) for name, x in case.make("bfloat16", seed=3).items()}
     both, want = jax.jit(functools.partial(results, case)), None
     for n in range(100):
@@ -112,15 +112,12 @@ def test_runs_give_equal_bits_whatever_memory_held() -> None:
 @pytest.mark.parametrize("form", ["attention", "chunked"])
 def test_agrees_with_the_cuda_twin_on_the_same_memory(form: str) -> None:
     torch, torch_power = pytest.importorskip("torch"), pytest.importorskip("torch_power")
-    case = Case("twins", t=1500, h_q=4, h_kv=2, d=64, e=64, initial_state=form == "chunked", return_state=form == "chunked")
+    case = Case("twins", t=1500, d=64, e=64)
     shared = {name: jnp.asarray(x) for name, x in case.make("bfloat16", seed=4).items()}
     got = jax.jit(functools.partial(results, case, form=form))(shared)
     theirs = dlpack.to_torch(shared, copy=False)
     leaves = {name: theirs[name].detach().requires_grad_() for name in INPUTS if name in theirs}
-    try:
-        outputs = attend(torch_power, leaves, options_of(case, form) | {"implementation": "cuda"})
-    except NotImplementedError as reason:
-        pytest.skip(str(reason))
+    outputs = attend(torch_power, leaves, options_of(case, form) | {"implementation": "cuda"})
     upstream = tuple(theirs[name] for name in ("dy", "ds", "dz") if name in theirs)
     grads = torch.autograd.grad(outputs, tuple(leaves.values()), upstream)
     want = dict(zip(("y", "s", "z"), outputs, strict=False)) | {f"d{name}": x for name, x in zip(leaves, grads, strict=True)}
@@ -144,7 +141,7 @@ def test_splitting_a_sequence() -> None:
 
 
 def test_vmap_over_some_operands() -> None:
-    case = Case("mapped", t=300, h_q=2, h_kv=1, d=64, e=64)
+    case = Case("mapped", t=300, d=64, e=64)
     one, two = (case.make("bfloat16", seed) for seed in (0, 1))
     mapped = {name: name in ("k", "dy") for name in one}
     arrays = {name: np.stack((one[name], two[name])) if mapped[name] else x for name, x in one.items()}
@@ -156,7 +153,7 @@ def test_vmap_over_some_operands() -> None:
 
 
 def test_checkpoint_gives_the_same_gradients() -> None:
-    case = Case("remade", t=700, h_q=2, h_kv=1, d=64, e=64)
+    case = Case("remade", t=700, d=64, e=64)
     arrays = {name: jnp.asarray(x) for name, x in case.make("bfloat16").items()}
     call = functools.partial(attend, jax_power, options=options_of(case))
     inputs = {name: arrays[name] for name in INPUTS[:4]}
