@@ -1,28 +1,20 @@
 """The Pallas kernels of the attention form without a GPU: all lower for CUDA, and interpreted they match the float64 oracle.
 
-The interpreter runs the warpgroups as threads and follows who may read and write which shared memory when (`detect_races`). It
-has no products with weights in registers and no accumulator that starts from a value; `Interpreted` puts both through shared
-memory of the warpgroup's own, where they are the products that it has. So what is tested is the algorithm, its masks, tails,
-scaling and barriers; not the instructions, which `tests/gpu` runs.
+`tests/mosaic_gpu_interpreted.py` says what interpreting tests, and what it does not.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
 from bridge import cases, spec
-from jax_power.mosaic_gpu import attention, compat, power_bwd, tiles
+from jax_power.mosaic_gpu import attention
+from tests.mosaic_gpu_interpreted import interpreted
 
 Case = cases.Case
 
@@ -33,8 +25,7 @@ def run(case: Case, arrays: dict[str, Any]) -> dict[str, Any]:
     log_g = jnp.asarray(arrays["log_g"]) if "log_g" in arrays else None
     options = {name: getattr(case, name) for name in ("deg", "scale", "causal", "normalize")}
     call = spec.check_power(q, k, v, log_g, **options, form="attention")
-    # Grouped heads are refused until they are right on a GPU; they lower, and are right in the interpreter.
-    assert attention.supports(dataclasses.replace(call, h_q=call.h_kv), "cuda") is None
+    assert attention.supports(call, "cuda") is None
     y, norm, *_ = attention.forward(call, q, k, v, log_g, None, None)
     grads = attention.backward(call, q, k, v, log_g, None, None, y, norm, dy, None, None)
     results = dict(zip(("y", "dq", "dk", "dv", "dlog_g"), (y, *grads), strict=False))
@@ -66,62 +57,6 @@ def test_lowers_for_cuda(dtype: str, case: Case) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Interpreting
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class Interpreted:
-    """Stands in for `compat.kernel`, `plgpu.wgmma` and `power_bwd.start` while kernels are interpreted."""
-
-    def __init__(self, dtype: Any):
-        self.dtype = dtype
-        self.wgmma = plgpu.wgmma
-
-    def kernel(self, body: Any, *, scratch_types: Any, num_threads: int, **options: Any) -> Any:
-        (scratch,) = scratch_types
-        own = plgpu.SMEM((num_threads - 1, 2, tiles.ROWS, 128), self.dtype)
-
-        def with_own_memory(*refs: Any) -> None:
-            *refs, smem = refs
-            self.memory = smem["own"].at[lax.axis_index("warpgroup")]
-            body(*refs, {name: ref for name, ref in smem.items() if name != "own"})
-
-        interpret = compat.interpret_params(detect_races=True)
-        scratch_types = ({**scratch, "own": own},)
-        return plgpu.kernel(
-            with_own_memory, scratch_types=scratch_types, num_threads=num_threads, interpret=interpret, **options
-        )
-
-    def multiply(self, acc: Any, a: Any, b: Any) -> None:
-        """`plgpu.wgmma`, with a in registers too."""
-        if not isinstance(a, jax.Array):
-            return self.wgmma(acc, a, b)
-        tile = self.memory.at[0, :, pl.ds(0, a.shape[1])]
-        tile[...] = a
-        plgpu.commit_smem()
-        self.wgmma(acc, tile, b)
-        plgpu.wgmma_wait(0)
-
-    def start(self, acc: Any, value: jax.Array) -> None:
-        """Adds `value` as identity · value, in as many pieces of this dtype as float32 has digits."""
-        identity, tile = self.memory.at[0, :, pl.ds(0, tiles.ROWS)], self.memory.at[1, :, pl.ds(0, value.shape[1])]
-        row, column = (lax.broadcasted_iota(jnp.int32, (tiles.ROWS, tiles.ROWS), axis) for axis in (0, 1))
-        identity[...] = jnp.where(row == column, 1.0, 0.0).astype(self.dtype)
-        for _ in range(3):
-            piece = value.astype(self.dtype)
-            value = value - piece.astype(jnp.float32)
-            tile[...] = piece
-            plgpu.commit_smem()
-            self.wgmma(acc, identity, tile)
-            plgpu.wgmma_wait(0)
-
-
-@contextlib.contextmanager
-def interpreted(dtype: Any) -> Iterator[None]:
-    stand_in = Interpreted(dtype)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compat, "kernel", stand_in.kernel)
-        patch.setattr(plgpu, "wgmma", stand_in.multiply)
-        patch.setattr(power_bwd, "start", stand_in.start)
-        yield
 
 
 INTERPRETED = (

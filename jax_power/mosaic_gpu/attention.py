@@ -21,8 +21,6 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
         return f"dtypes {', '.join(call.dtypes)} of q, k, v: the kernels take bfloat16 or float16, the same for all three"
     if call.deg > 4:
         return f"deg={call.deg}: the kernels of the attention form take 1 to 4"
-    if call.group > 1:
-        return f"h_q={call.h_q}, h_kv={call.h_kv}: these kernels take as many key-value heads as query heads; repeat k and v"
     for name, size in (("d", call.d), ("e", call.e)):
         if size > 128:
             return f"head size {name}={size}: the kernels of the attention form take up to 128"

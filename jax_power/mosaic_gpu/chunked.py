@@ -1,16 +1,11 @@
 """The chunked form on Hopper: glue between the interface every implementation has and the Pallas kernels.
 
-Calls with a state, and those of form 'recurrent', are served by the same kernels: the sums are the same. The chunk length is
-the kernels' own (`chunked_prepare.chunk_length`): results do not depend on it.
+Calls of form 'recurrent' are served by the same kernels: the sums are the same. The chunk length is the kernels' own
+(`chunked_prepare.chunk_length`): results do not depend on it.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -23,6 +18,11 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
     """None, or why the kernels of the chunked form cannot serve `call`: the argument, and what would work."""
     if device != "cuda":
         return f"device {device}: the kernels run on a Hopper GPU; move the arrays there"
+    return lacks(call) or platforms.not_hopper()
+
+
+def lacks(call: spec.PowerCall) -> str | None:
+    """`supports`, whatever the device."""
     if call.deg != 2:
         return f"deg={call.deg}: the chunked kernels take 2; form='attention' without a state takes 1 to 4"
     if not call.causal:
@@ -30,77 +30,22 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
     if len(set(call.dtypes)) > 1 or call.dtypes[0] not in ("bfloat16", "float16"):
         return f"dtypes {', '.join(call.dtypes)} of q, k, v: the kernels take bfloat16 or float16, the same for all three"
     for name, size in (("d", call.d), ("e", call.e)):
-        if not 8 <= size <= 128 or size % 8:
-            return f"head size {name}={size}: the chunked kernels take multiples of 8 up to 128"
-    return platforms.not_hopper()
+        if not 8 <= size <= 64 or size % 8:
+            return f"head size {name}={size}: the chunked kernels take multiples of 8 up to 64; form='attention' up to 128"
+    # Right in the interpreter, but not yet held to the oracle on a GPU.
+    if call.group > 1:
+        return f"h_q={call.h_q}, h_kv={call.h_kv}: the chunked kernels take as many of both; repeat k and v"
+    if call.has_state or call.return_state:
+        return "initial_state, return_state: the chunked kernels do not take them; implementation='xla' does"
+    return None
 
 
 def forward(
     call: spec.PowerCall, q: Array, k: Array, v: Array, log_g: Array | None, s0: Array | None, z0: Array | None
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """y `[b, t, h_q, e]` in the dtype of v, norm `[b, t, h_q]` float32, and the final state (None unless asked for)."""
-    return _fold_batches(_forward, call, (q, k, v, log_g, s0, z0))
-
-
-def backward(
-    call: spec.PowerCall,
-    q: Array,
-    k: Array,
-    v: Array,
-    log_g: Array | None,
-    s0: Array | None,
-    z0: Array | None,
-    y: Array,
-    norm: Array,
-    dy: Array,
-    ds: Array | None,
-    dz: Array | None,
-) -> tuple[Array, Array, Array, Array | None, Array | None, Array | None]:
-    """Gradients of q, k, v, log_g, s0, z0 in the dtypes of those arguments (None where the argument is None).
-
-    States are recomputed, so that a forward pass keeps y and norm alone. Every sum has one order: two runs give equal bits.
-    """
-    return _fold_batches(_backward, call, (q, k, v, log_g, s0, z0, y, norm, dy, ds, dz))
-
-
-def _fold_batches(run: Callable[..., Any], call: spec.PowerCall, arrays: tuple[Array | None, ...]) -> Any:
-    """`run(call, *arrays)`, whose `vmap` makes the mapped axis part of the batch: one launch of each kernel whatever is
-    mapped.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def mapped(arrays: Any) -> Any:
-        return run(call, *arrays)
-
-    @mapped.def_vmap
-    def fold(size: int, batched: Any, arrays: Any) -> Any:
-        def merge(x: Array, is_batched: bool) -> Array:
-            x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-            return x.reshape(size * x.shape[1], *x.shape[2:])
-
-        merged = jax.tree.map(merge, arrays, batched[0])
-        results = _fold_batches(run, dataclasses.replace(call, b=size * call.b), merged)
-        results = jax.tree.map(lambda x: x.reshape(size, call.b, *x.shape[1:]), results)
-        return results, jax.tree.map(lambda _: True, results)
-
-    return mapped(arrays)
-
-
-def _empty(call: spec.PowerCall) -> bool:
-    return 0 in (call.b, call.t, call.h_q)
-
-
-def _scaled(call: spec.PowerCall, q: Array) -> Array:
-    """A normalised y does not depend on the scale, unless that is 0 and with it every weight."""
-    return jnp.zeros_like(q) if call.normalize and call.scale == 0 else q
-
-
-def _forward(
-    call: spec.PowerCall, q: Array, k: Array, v: Array, *rest: Array | None
-) -> tuple[Array, Array, Array | None, Array | None]:
     if not _empty(call):
-        return chunked_fwd.forward(call, _scaled(call, q), k, v, *rest)
-    _, s0, z0 = rest
+        return chunked_fwd.forward(call, _scaled(call, q), k, v, log_g, s0, z0)
     s = z = None
     if call.return_state:
         shape = (call.b, call.h_kv, call.rows)
@@ -108,11 +53,26 @@ def _forward(
     return jnp.zeros((*q.shape[:3], call.e), v.dtype), jnp.zeros(q.shape[:3], jnp.float32), s, z
 
 
-def _backward(call: spec.PowerCall, q: Array, k: Array, v: Array, *rest: Array | None) -> tuple[Array | None, ...]:
-    log_g, s0, z0, y, norm, dy, ds, dz = rest
-    if _empty(call):
-        through = [x if dx is None else dx for x, dx in ((s0, ds), (z0, dz))] if s0 is not None else [None, None]
-        zeros = [None if x is None else jnp.zeros_like(x) for x in (q, k, v, log_g, s0, z0)]
-        return *zeros[:4], *((zero if ds is None else dx) for zero, dx in zip(zeros[4:], through, strict=True))
-    assert y is not None and norm is not None and dy is not None
-    return chunked_bwd.backward(call, _scaled(call, q), k, v, log_g, s0, z0, y, norm, dy.astype(v.dtype), ds, dz)
+def backward(
+    call: spec.PowerCall, q: Array, k: Array, v: Array, log_g: Array | None, s0: Array | None,
+    z0: Array | None, y: Array, norm: Array, dy: Array, ds: Array | None, dz: Array | None,
+) -> tuple[Array, Array, Array, Array | None, Array | None, Array | None]:  # fmt: skip
+    """Gradients of q, k, v, log_g, s0, z0 in the dtypes of those arguments (None where the argument is None).
+
+    States are worked out again, so that a forward pass keeps y and norm alone. Every sum has one order: two runs give equal
+    bits.
+    """
+    if not _empty(call):
+        return chunked_bwd.backward(call, _scaled(call, q), k, v, log_g, s0, z0, y, norm, dy.astype(v.dtype), ds, dz)
+    ds0, dz0 = (None if x is None else jnp.zeros_like(x) if dx is None else dx for x, dx in ((s0, ds), (z0, dz)))
+    dlog_g = None if log_g is None else jnp.zeros_like(log_g)
+    return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v), dlog_g, ds0, dz0
+
+
+def _empty(call: spec.PowerCall) -> bool:
+    return 0 in (call.b, call.t, call.h_q)
+
+
+def _scaled(call: spec.PowerCall, q: Array) -> Array:
+    """q, or zeros for scale = 0, which a normalised row would otherwise not notice."""
+    return q if call.scale else jnp.zeros_like(q)

@@ -1,36 +1,48 @@
 """Power attention on Hopper GPUs in Pallas: the kernels behind the interface every implementation has.
 
-The attention form alone, `jax_power.mosaic_gpu.attention`. The chunked form (`chunked`) has not been held to the oracle
-on a GPU and is not served from here.
+`jax_power.mosaic_gpu.attention` is the attention form, `jax_power.mosaic_gpu.chunked` the chunked one (degree 2, heads of up to
+64); here is the choice between them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from jax import Array
 
 from bridge import spec
-from jax_power.mosaic_gpu import attention
+from jax_power.mosaic_gpu import attention, chunked
+
+# Tokens from which the chunked form is faster: one H100, d = e = 64, kernels forward and backward together, nanoseconds a token
+# and head: chunked 9.0 at t = 65536, with gates; attention 2.5 at t = 2048 and 14.4 at 16384, without (NOTES).
+CROSSING = 9_900
 
 
 def plan(call: spec.PowerCall) -> spec.PowerCall:
-    """Replace a form that was left open by the attention form, the one there is here."""
+    """Replace a form that was left open by the one that is faster here, forward and backward together.
+
+    What the chunked kernels lack is left to the attention form.
+    """
     if not call.auto_form or call.has_state or call.return_state:
         return call
-    return dataclasses.replace(call, form="attention")
+    short = call.t < CROSSING or chunked.lacks(call) is not None
+    return dataclasses.replace(call, form="attention" if short else "chunked")
 
 
 def supports(call: spec.PowerCall, device: str) -> str | None:
     """None, or why the kernels cannot serve `call`: the argument, and what would work."""
-    return attention.supports(call, device)
+    return _form(call).supports(call, device)
 
 
 def forward(
     call: spec.PowerCall, q: Array, k: Array, v: Array, log_g: Array | None, s0: Array | None, z0: Array | None
 ) -> tuple[Array, Array, Array | None, Array | None]:
-    """y `[b, t, h_q, e]` in the dtype of v, norm `[b, t, h_q]` float32, and the final state (None unless asked for)."""
-    return attention.forward(call, q, k, v, log_g, s0, z0)
+    """y `[b, t, h_q, e]` in the dtype of v, norm `[b, t, h_q]` float32, and the final state (None unless asked for).
+
+    A call of form 'recurrent' is served by the chunked kernels: the sums are the same.
+    """
+    return _form(call).forward(call, q, k, v, log_g, s0, z0)
 
 
 def backward(
@@ -38,4 +50,9 @@ def backward(
     z0: Array | None, y: Array, norm: Array, dy: Array, ds: Array | None, dz: Array | None,
 ) -> tuple[Array, Array, Array, Array | None, Array | None, Array | None]:  # fmt: skip
     """Gradients of q, k, v, log_g, s0, z0 in the dtypes of those arguments (None where the argument is None)."""
-    return attention.backward(call, q, k, v, log_g, s0, z0, y, norm, dy, ds, dz)
+    return _form(call).backward(call, q, k, v, log_g, s0, z0, y, norm, dy, ds, dz)
+
+
+def _form(call: spec.PowerCall) -> Any:
+    """The module that serves `call`."""
+    return attention if call.form == "attention" and not (call.has_state or call.return_state) else chunked

@@ -147,15 +147,15 @@ def differentiate_queries(
 
 
 class QueryRows(NamedTuple):
-    """A warpgroup's 64 queries: their index, operands (in registers or shared memory), and numbers a row.
+    """A warpgroup's 64 queries: their index, operands in shared memory, and numbers a row.
 
     `whole` is what u^p lacks of w, c_i and float16's scale of the head together; `inverse` 1 / n_i; `packing` float16's factor
     on dS.
     """
 
     first: Array
-    q: Any
-    dy: Any
+    q_smem: Any
+    dy_smem: Any
     whole: Array
     alpha: Array
     inverse: Array
@@ -261,8 +261,7 @@ class BackwardQueries(Backward):
         else:
             alpha, inverse = zero_rows() + 1.0, plain(call) / power(whole, call.deg)
         gates = RowGates.load(vectors_smem.at[1], x.gmem["edges"].at[x.batch, x.head_kv], first) if self.gated else None
-        own_q, own_dy = (compat.load(ref, WGMMA) if self.tile.fragments else ref for ref in (q_smem, dy_smem))
-        return QueryRows(first, own_q, own_dy, whole, alpha, inverse, delta, packing, of_head, gates)
+        return QueryRows(first, q_smem, dy_smem, whole, alpha, inverse, delta, packing, of_head, gates)
 
     def sum_tiles(self, x: Block, rows: QueryRows, mine: Array, dq: Any) -> tuple[RowSums, Array]:
         """The sums over the first `mine` tiles of keys, and dQ before its rows are scaled."""
@@ -299,8 +298,8 @@ class BackwardQueries(Backward):
 
         def products(score: Any, moved: Any) -> tuple[Array, Array]:
             start(moved, spread_rows(-delta, width))
-            plgpu.wgmma(score, rows.q, k_smem.transpose((1, 0)))
-            plgpu.wgmma(moved, rows.dy, v_smem.transpose((1, 0)))
+            plgpu.wgmma(score, rows.q_smem, k_smem.transpose((1, 0)))
+            plgpu.wgmma(moved, rows.dy_smem, v_smem.transpose((1, 0)))
             return score[...], moved[...]
 
         acc = accumulator(width)
@@ -412,11 +411,11 @@ def differentiate_keys(
 
 
 class KeyRows(NamedTuple):
-    """A warpgroup's 64 keys: their index, operands (in registers or shared memory), where their gates lie."""
+    """A warpgroup's 64 keys: their index, operands in shared memory, where their gates lie."""
 
     first: Array
-    k: Any
-    v: Any
+    k_smem: Any
+    v_smem: Any
     vectors_smem: Any
 
 
@@ -493,8 +492,7 @@ class BackwardKeys(Backward):
         for i, name in enumerate(("sum", "rest") if self.gated else ()):
             plgpu.copy_gmem_to_smem(x.gmem[name].at[x.batch, x.head_kv, here], vectors_smem.at[i], full)
         plgpu.barrier_wait(full)
-        own_k, own_v = (compat.load(ref, WGMMA) if self.tile.fragments else ref for ref in (k_smem, v_smem))
-        return KeyRows(first, own_k, own_v, vectors_smem)
+        return KeyRows(first, k_smem, v_smem, vectors_smem)
 
     def sum_tiles(self, x: Block, rows: KeyRows, dk: Any, dv: Any) -> tuple[Array, Array, Array]:
         """Σ_{i>j} A_ij, dK and dV over all queries."""
@@ -521,7 +519,7 @@ class BackwardKeys(Backward):
         acc = accumulator(self.tile.width)
 
         def scores(score: Any) -> Array:
-            plgpu.wgmma(score, rows.k, q_smem.transpose((1, 0)))
+            plgpu.wgmma(score, rows.k_smem, q_smem.transpose((1, 0)))
             return score[...]  # waits for it, and for the sums of the tile before
 
         x.ring.await_full(n)
@@ -534,7 +532,7 @@ class BackwardKeys(Backward):
 
         def dweights(moved: Any) -> Array:
             start(moved, spread_columns(-compat.load(x.smem["delta"].at[slot], COLUMN), tiles.ROWS))
-            plgpu.wgmma(moved, rows.v, dy_smem.transpose((1, 0)))
+            plgpu.wgmma(moved, rows.v_smem, dy_smem.transpose((1, 0)))
             plgpu.wgmma(dv, rounded, dy_smem)
             return moved[...]  # waits for both
 

@@ -30,14 +30,13 @@ class Forward(NamedTuple):
 class Backward(NamedTuple):
     """One of the two backward kernels: `groups` consumer warpgroups of 64 rows, `stages` tiles of `width` of the other side.
 
-    `fragments`: the rows' own operands of S and dP stay in registers. With both operands in shared memory, products of 64
-    columns take its whole bandwidth.
+    Both operands of S and dP lie in shared memory, whose bandwidth products of 64 columns take whole. Kept in registers across
+    the loop they were no faster (NOTES), and with gates and grouped heads ptxas 13.0 overwrote them.
     """
 
     groups: int
     width: int
     stages: int
-    fragments: bool
     consumer_registers: int = 240
     producer_registers: int = 24
 
@@ -60,14 +59,14 @@ def backward_q(d: int, e: int, *, gates: bool) -> Backward:
     """Row of the table for dq, for padded head sizes d and e."""
     if d == 64 and e == 64 and not gates:
         # S, dP, dQ and dS are 64 + 64 + 32 + 32 registers; wider tiles load less from shared memory.
-        return Backward(groups=2, width=128, stages=4, fragments=False)
+        return Backward(groups=2, width=128, stages=4)
     # Gates need the registers of wider tiles, and so does a dQ of 128 columns; 3 stages are all of shared memory at d = 128.
-    return Backward(groups=2, width=64, stages=6 if d + e == 128 else 3, fragments=not gates)
+    return Backward(groups=2, width=64, stages=6 if d + e == 128 else 3)
 
 
 def backward_kv(d: int, e: int) -> Backward:
-    """Row of the table for dk and dv: at d = e = 64 their sums are 64 registers, which leaves 32 for K and V; at 128 not."""
-    return Backward(groups=2, width=64, stages=6 if d + e == 128 else 3, fragments=d + e == 128)
+    """Row of the table for dk and dv, whose sums and tiles, S and dP, leave no registers for wider tiles."""
+    return Backward(groups=2, width=64, stages=6 if d + e == 128 else 3)
 
 
 def check_smem(kernel: str, arrays: dict[str, tuple[tuple[int, ...], int]]) -> None:
