@@ -14,7 +14,7 @@ pytest.importorskip("absl.flags")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benchmarks import exact, plot, registry, run
+from benchmarks import exact, plot, registry, run, table
 from bridge import cases, oracle, oracle_sdpa
 
 SHAPE = registry.Shape(t=24, h_q=4, h_kv=2, d=8, e=8)
@@ -360,6 +360,36 @@ def test_committed_figures_are_of_the_committed_results(figure, tmp_path):
     assert plot.digest([source]) in figure.read_text(), f"{figure.name} is older than {source.name}: python -m benchmarks.plot"
     assert plot.main(["plot", str(source), f"--out={tmp_path / figure.name}"]) == 0
     assert (tmp_path / figure.name).stat().st_size > figure.stat().st_size / 2
+
+
+def test_tables_of_gpu_results(torch):
+    from benchmarks import gpu_sdpa
+
+    about = {"device": "abacus", "torch": "2", "cuda": "13", "commit": "0123456789abcdef"}
+
+    def lines(*rows):
+        return table.markdown({"about": about, "rows": rows}).splitlines()
+
+    text = lines(gpu_row("cudnn", 512, 40.0), gpu_row("power", 512, 4.0), gpu_row("power", 4096, 8.0, both_graph_ms=None))
+    assert text[0].startswith("abacus, torch 2, CUDA 13, commit 0123456789ab.")
+    assert text[2] == "| d | t | power: forward | power: both | cudnn: forward | cudnn: both |"
+    assert text[4] == "| 64 | 512 | 1.00 (0.800) | 4.00 (2.00) | 10.00 (8.00) | 40.00 (20.00) |"
+    assert text[5] == "| 64 | 4096 | 2.00 (1.60) | 8.00 |  |  |"
+
+    sides = {"s": 512, "causal": True, "reason": None}
+    mine, peer = gpu_row("torch_power", 512, 4.0, **sides), gpu_row("cudnn", 512, 3.9, **sides)
+    mine["bars"] = [x | {"why": "of the weather"} for x in gpu_sdpa.judge(mine, {"cudnn": peer})]
+    text = lines(mine, peer)
+    assert text[4] == "| 64 | 512 | causal | forward | 1.00 (0.800) | 0.975 (0.780) | 0.97 | cudnn (bar 1.0): of the weather |"
+    assert text[5] == "| 64 | 512 | causal | backward | 3.00 (1.20) | 2.92 (1.17) | 0.97 |  |"
+
+    text = lines(*(gpu_row("naive", 64, 2.0 + x, workload="cross", compiled=x, s=77) for x in (False, True)))
+    assert text[4] == "| cross | naive | 0.500 (0.400) | 2.00 (1.00) | 0.750 (0.600) | 3.00 (1.50) | 900 |"
+
+
+@pytest.mark.parametrize("text", sorted(RESULTS.glob("*.md")), ids=lambda text: text.stem)
+def test_committed_tables_are_of_the_committed_results(text):
+    assert text.read_text() == table.markdown(json.loads(text.with_suffix(".json").read_text()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
