@@ -26,8 +26,9 @@ from bridge import cases
 CEILING = 790e12
 # Rows of the output whose float64 results are worked out, in each head that is looked at.
 ROWS = 32
-# Errors are held to the contract's bounds for kernels that round to 16 bits inside; others' may be twice as large.
-SLACK = 2.0
+# Errors are held to the contract's bounds for kernels that round to 16 bits inside. Others promise none; four times tells rounding
+# from mistakes (cuDNN at t = 65536: dk 7.3e-3 on sampled rows, as it takes dy·y from a rounded y).
+SLACK = 4.0
 # A call is timed for this long (milliseconds), but not fewer or more often than so many times; one that is longer than
 # LONG is not replayed from a graph: there is nothing to hide.
 BUDGET, LEAST, MOST, LONG = 60.0, 2, 50, 50.0
@@ -246,7 +247,7 @@ def measure(contestant: Contestant, x: Arrays, *, causal: bool = True) -> dict[s
 
 def kernels(call: Callable[[], Any], calls: int = 3) -> list[dict[str, Any]]:
     """Name, launches and milliseconds in one call of every kernel that takes part, the longest first, by CUPTI."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for _ in range(calls):
             call()
         torch.cuda.synchronize()

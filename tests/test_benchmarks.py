@@ -274,7 +274,7 @@ def test_gpu_finds_what_is_wrong(torch, wrong):
     assert found[wrong] == pytest.approx(0.01, rel=0.2)  # and a rounding
     told = gpu.breach(contestant, found)
     assert told is not None and told.startswith(f"{wrong}: error ")
-    assert gpu.breach(contestant._replace(ours=False), {wrong: 6e-3, "y": 0.0}) is None  # others may have twice the bound
+    assert gpu.breach(contestant._replace(ours=False), {wrong: 6e-3, "y": 0.0}) is None  # others may have four times the bound
 
 
 def gpu_row(contestant, t, both, d=64, **more):
@@ -316,9 +316,12 @@ def test_gpu_sdpa_says_why_a_bar_is_missed(torch):
     forward, backward = sorted(gpu_sdpa.judge(mine, {"cudnn": peer}), key=lambda judged: judged["pass"] != "forward")
     assert (forward["ratio"], forward["bar"], forward["reached"]) == (0.75, 1.0, False)
     assert backward["pass"] == "backward" and backward["kernels_ratio"] == pytest.approx(0.75)
-    profile = {"torch_power": [{"name": "backward_kv<64>(Shape)", "ms": 1.2}], "cudnn": [{"name": "flash_bprop", "ms": 1.0}]}
+    profile = {
+        "torch_power": [{"name": "void power::backward_kv<__nv_bfloat16, 64>(Shape)", "ms": 1.2}],
+        "cudnn": [{"name": "flash_bprop", "ms": 1.0}],
+    }
     told = gpu_sdpa.why(forward, mine, profile)
-    assert "backward_kv<64> 1.200" in told and "flash_bprop 1.000" in told
+    assert "backward_kv 1.200" in told and "flash_bprop 1.000" in told
     quick = mine | {"forward_graph_ms": 0.5, "both_graph_ms": 2.0}
     judged = next(x for x in gpu_sdpa.judge(quick, {"cudnn": peer}) if x["pass"] == "forward")
     assert gpu_sdpa.why(judged, quick, {}).startswith("the host: 1.000 ms as called, 0.500 ms of kernels")
