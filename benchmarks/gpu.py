@@ -26,8 +26,8 @@ from bridge import cases
 CEILING = 790e12
 # Rows of the output whose float64 results are worked out, in each head that is looked at.
 ROWS = 32
-# Errors are held to the contract's bounds for kernels that round to 16 bits inside. Others promise none; four times tells rounding
-# from mistakes (cuDNN at t = 65536: dk 7.3e-3 on sampled rows, as it takes dy·y from a rounded y).
+# Errors are held to the contract's bounds for kernels that round to 16 bits inside. Others promise none; four times those tells
+# rounding from mistakes (cuDNN at t = 65536: dk 7.3e-3 on sampled rows, as it takes dy·y from a rounded y).
 SLACK = 4.0
 # A call is timed for this long (milliseconds), but not fewer or more often than so many times; one that is longer than
 # LONG is not replayed from a graph: there is nothing to hide.

@@ -140,16 +140,22 @@ def table(path: pathlib.Path, quick: bool) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def through_compile(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`attention` as a compiled function of its own, for each shape."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v)
+
+    torch._dynamo.reset()  # or it gives up after eight versions of `call`, and runs the next ones as they are
+    return torch.compile(call, dynamic=False)
+
+
 def diffusion(path: pathlib.Path) -> None:
     """A U-Net's attention at 64 × 64 latents: on the 77 tokens of a prompt, and on itself; as is and through torch.compile."""
     rows: list[dict[str, Any]] = []
     for compiled in (False, True):
         for name, attention in {"naive": naive, **FUSED}.items():
-            torch._dynamo.reset()  # or it gives up after eight functions, and runs them as they are
-            function = attention
-            if compiled:
-                function = torch.compile(lambda q, k, v, attention=attention: attention(q, k, v), dynamic=False)
-            contestant = gpu.heads_first(function, ours=name == "torch_power")
+            contestant = gpu.heads_first(through_compile(attention) if compiled else attention, ours=name == "torch_power")
             for workload, s in (("cross", 77), ("self", 4096)):
                 shape = {"b": 2, "t": 4096, "s": s, "h": 8, "d": 64, "causal": False}
                 columns, _ = measure(contestant, shape)
