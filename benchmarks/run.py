@@ -265,7 +265,12 @@ def _check_out(out: pathlib.Path) -> None:
 
 
 def commit() -> str | None:
-    """The commit of the working tree, with "+" if it has changes; None outside a git checkout."""
+    """The commit of the working tree, with "+" if it has changes; None outside a git checkout.
+
+    POWER_COMMIT says it where the tree is a copy, whose `.git` is missing or older.
+    """
+    if os.environ.get("POWER_COMMIT"):
+        return os.environ["POWER_COMMIT"]
     root = pathlib.Path(__file__).resolve().parent
     try:
         found = subprocess.run(

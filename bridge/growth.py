@@ -43,19 +43,22 @@ def plan(pairs: Sequence[tuple[str, str]], lengths: Sequence[int], *, full: bool
     return points
 
 
+def task(point: Point, device: str) -> measure.Task:
+    """What is measured at a point."""
+    arrays = inputs.from_text(inputs.text(point.t), h_q=HEADS, h_kv=HEADS, d=HEAD_SIZE, e=HEAD_SIZE)
+    case = inputs.given(f"growth_{point.t}", arrays, ("float32",))[0]
+    return measure.Task(
+        point.twin, "power", point.implementation, device, "float32", case.make("float32"),
+        {"deg": DEGREE, "form": point.form}, keep_results=False, key=f"{case.name} {point.form} {point.implementation}",
+    )  # fmt: skip
+
+
 def run(points: Sequence[Point], workshop: workers.Workshop, device: str, done: Callable[[str], None]) -> list[dict[str, Any]]:
     """Every point measured, in order."""
     measured: list[dict[str, Any]] = []
     for point in points:
         done(f"t={point.t} {point.form} {point.twin}/{point.implementation}")
-        arrays = inputs.from_text(inputs.text(point.t), h_q=HEADS, h_kv=HEADS, d=HEAD_SIZE, e=HEAD_SIZE)
-        case = inputs.given(f"growth_{point.t}", arrays, ("float32",))[0]
-        outcome = workshop.measure(
-            measure.Task(
-                point.twin, "power", point.implementation, device, "float32", case.make("float32"),
-                {"deg": DEGREE, "form": point.form}, keep_results=False,
-            )
-        )  # fmt: skip
+        outcome = workshop.measure(task(point, device))
         row = dataclasses.asdict(point) | {"status": outcome.status, "reason": outcome.reason}
         if outcome.status == "ran":
             row |= {

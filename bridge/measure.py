@@ -1,10 +1,13 @@
 """One measured call of one implementation, made for a process of its own: results, time and peak memory.
 
-Nothing here is kept between calls but the imported frameworks, so a `Task` gives the same `Outcome` in any process.
+Nothing here is kept between calls but the imported frameworks and programs compiled ahead, so a `Task` gives the same `Outcome`
+in any process.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import ctypes
 import dataclasses
 import importlib
@@ -15,7 +18,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +38,10 @@ MOST_CALLS = 9
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A call to measure. `options` are keyword arguments of `power_attention`; for "sdpa", `case` says what is computed."""
+    """A call to measure. `options` are keyword arguments of `power_attention`; for "sdpa", `case` says what is computed.
+
+    `key` names the task for `compile_ahead`.
+    """
 
     twin: str
     operation: str
@@ -46,6 +52,7 @@ class Task:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     case: Any = None
     keep_results: bool = True
+    key: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +93,36 @@ def measure(task: Task) -> Outcome:
         return Outcome("failed", f"{type(error).__name__}: {_one_line(error)}"[:500])
 
 
-def _measure(twin: twins.Twin, task: Task) -> Outcome:
+# What `compile_ahead` has made ready in this process, by the key of the task, until it is measured.
+_ready: dict[str, twins.Prepared] = {}
+
+
+def compile_ahead(tasks: Sequence[Task]) -> None:
+    """Compile the programs of `tasks` beside each other, for `measure` in this process: XLA takes seconds to compile one for a
+    GPU, on one core.
+
+    A task that cannot be compiled is left out: `measure` tries again, and reports what is wrong with it.
+    """
+
+    def make_ready(task: Task) -> None:
+        twin = _twin(task.twin)
+        with twin.scope(task.dtype), contextlib.suppress(Exception):
+            prepared = _prepare(twin, task)
+            prepared.compile()
+            _ready[task.key] = prepared
+
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(make_ready, tasks))
+
+
+def _prepare(twin: twins.Twin, task: Task) -> twins.Prepared:
     if task.operation == "power":
-        prepared = twin.prepare_power(task.arrays, task.options, task.implementation, task.device)
-    else:
-        prepared = twins_sdpa.prepare(twin, task.case, task.arrays, task.implementation, task.device)
+        return twin.prepare_power(task.arrays, task.options, task.implementation, task.device)
+    return twins_sdpa.prepare(twin, task.case, task.arrays, task.implementation, task.device)
+
+
+def _measure(twin: twins.Twin, task: Task) -> Outcome:
+    prepared = _ready.pop(task.key, None) or _prepare(twin, task)
     compiled = prepared.compile()
     stop_meter = _meter(task, compiled)
     begin, cpu_begin = time.perf_counter(), time.process_time()

@@ -279,16 +279,28 @@ def run_problem(
 def _task(
     problem: Problem, form: str, twin: str, implementation: str, device: str, arrays: Mapping[str, np.ndarray]
 ) -> measure.Task:
-    case = problem.case
+    case, key = problem.case, f"{problem.name} {problem.dtype} {form} {implementation}"
     if isinstance(case, cases_sdpa.SdpaCase):
-        return measure.Task(twin, "sdpa", implementation, device, problem.dtype, arrays, case=_without_arrays(case))
+        return measure.Task(twin, "sdpa", implementation, device, problem.dtype, arrays, case=_without_arrays(case), key=key)
     options = case.options() | {"form": form, "chunk_size": case.chunk_size}
-    return measure.Task(twin, "power", implementation, device, problem.dtype, arrays, options)
+    return measure.Task(twin, "power", implementation, device, problem.dtype, arrays, options, key=key)
 
 
 def _without_arrays(case: cases_sdpa.SdpaCase) -> cases_sdpa.SdpaCase:
     """The same case without a copy of its inputs: what travels to another process."""
     return dataclasses.replace(case, arrays={}) if isinstance(case, inputs.GivenSdpaCase) else case
+
+
+def programs(request: Request, pairs: Contestants, plan: Sequence[growth.Point]) -> list[measure.Task]:
+    """Every task of the run that has a program for a GPU to be compiled: those of JAX."""
+    found = [
+        _task(problem, form, twin, implementation, request.device, problem.case.make(problem.dtype))
+        for problem in request.problems
+        for form in problem.forms
+        for twin, implementation in pairs[problem.operation]
+        if twin == "jax_power"
+    ]
+    return found + [growth.task(point, request.device) for point in plan if point.twin == "jax_power"]
 
 
 def _floors(problem: Problem, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -406,7 +418,8 @@ def run(request: Request, console: Console, workshop: workers.Workshop) -> dict[
     with Progress(*columns, console=console, transient=True) as progress:
         steps = sum(len(problem.forms) * len(pairs[problem.operation]) for problem in request.problems)
         plan = growth.plan(pairs["power"], request.lengths, full=request.full)
-        bar = progress.add_task("", total=steps + len(plan))
+        ahead = programs(request, pairs, plan) if request.device == "cuda" else []
+        bar = progress.add_task("", total=steps + len(plan) + bool(ahead))
 
         def done(description: str) -> None:
             progress.update(bar, advance=1, description=f"{description:<50}")
@@ -414,6 +427,9 @@ def run(request: Request, console: Console, workshop: workers.Workshop) -> dict[
                 elapsed = time.perf_counter() - begin
                 console.print(f"{elapsed:6.1f} s  {description}", markup=False, highlight=False, soft_wrap=True)
 
+        if ahead:
+            done(f"compiling {len(ahead)} programs of jax_power")
+            workshop.compile_ahead(ahead)
         for problem in request.problems:
             found, said = run_problem(problem, pairs[problem.operation], workshop, request.device, done)
             rows, notes = rows + found, notes + said

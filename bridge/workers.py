@@ -62,6 +62,13 @@ class Workshop:
             )
         return self._pools[twin].submit(function, *arguments).result()
 
+    def compile_ahead(self, tasks: Sequence[measure.Task]) -> None:
+        """`measure.compile_ahead` in the process of the tasks' twin. One that dies has compiled nothing, and `measure` will."""
+        try:
+            self.call(tasks[0].twin, measure.compile_ahead, tasks)
+        except BrokenProcessPool:
+            self.renew(tasks[0].twin)
+
     def measure(self, task: measure.Task) -> measure.Outcome:
         """`measure.measure` in the process of the task's twin; a process that dies makes it a failed one."""
         try:

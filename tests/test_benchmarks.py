@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ pytest.importorskip("absl.flags")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benchmarks import exact, plot, registry, run
+from benchmarks import exact, plot, registry, run, table
 from bridge import cases, oracle, oracle_sdpa
 
 SHAPE = registry.Shape(t=24, h_q=4, h_kv=2, d=8, e=8)
@@ -211,6 +212,187 @@ def test_plot_of_no_result(tmp_path, capsys, text):
     assert plot.main(["plot", str(file)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("plot: ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The GPU benchmarks: what they check and conclude, without a GPU
+# ---------------------------------------------------------------------------------------------------------------------
+
+RESULTS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+def gpu_case(torch, deg, gates, wrong=""):
+    """A contestant in float64 by autograd, one of whose tensors can be wrong by 1 %, and its inputs."""
+    from benchmarks import gpu
+
+    def spoil(x, name):
+        if name == wrong == "y":
+            return x + 0.01 * x.detach()
+        if f"d{name}" == wrong:
+            x.register_hook(lambda dx: 1.01 * dx)
+        return x
+
+    def attend(q, k, v, log_g):
+        b, t, h, _ = q.shape
+        q, k, v = (spoil(x * 1.0, name).double() for x, name in zip((q, k, v), "qkv", strict=True))
+        sums = spoil(log_g * 1.0, "log_g").double().cumsum(1) if gates else torch.zeros(b, t, h).double()
+        decay = sums.transpose(1, 2)[..., :, None] - sums.transpose(1, 2)[..., None, :]
+        score = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+        weight = torch.exp(score) if deg is None else score**deg
+        weight = (weight * decay.clamp(max=0).exp()).tril()
+        y = torch.einsum("bhij,bjhd->bihd", weight / weight.sum(-1, keepdim=True), v)
+        return spoil(y, "y")
+
+    weight = gpu.softmax_weight if deg is None else gpu.power_weight(deg)
+    contestant = gpu.Contestant(attend, weight)
+    return contestant, gpu.make(contestant, 2, 40, 3, 8, gates=gates, device="cpu")
+
+
+@pytest.mark.parametrize("deg,gates", [(2, True), (4, False), (None, False)])
+def test_gpu_checks_every_tensor(torch, deg, gates):
+    from benchmarks import gpu
+
+    contestant, x = gpu_case(torch, deg, gates)
+    found = gpu.errors(contestant, x)
+    # Gradients arrive in bfloat16, y and log_g's do not.
+    assert set(found) == {"y", "dq", "dk", "dv"} | ({"dlog_g"} if gates else set())
+    assert all(error < (2.5e-3 if name in ("dq", "dk", "dv") else 1e-6) for name, error in found.items()), found
+    assert gpu.breach(contestant, found) is None
+
+
+@pytest.mark.parametrize("wrong", ["y", "dq", "dk", "dv", "dlog_g"])
+def test_gpu_finds_what_is_wrong(torch, wrong):
+    from benchmarks import gpu
+
+    contestant, x = gpu_case(torch, 2, True, wrong)
+    found = gpu.errors(contestant, x)
+    assert found[wrong] == pytest.approx(0.01, rel=0.2)  # and a rounding
+    told = gpu.breach(contestant, found)
+    assert told is not None and told.startswith(f"{wrong}: error ")
+    assert gpu.breach(contestant._replace(ours=False), {wrong: 6e-3, "y": 0.0}) is None  # others may have four times the bound
+
+
+def gpu_row(contestant, t, both, d=64, **more):
+    row = {"contestant": contestant, "b": 1, "t": t, "h": 8, "d": d, "forward_ms": both / 4, "both_ms": both, "peak_mib": 900.0}
+    return row | {"forward_graph_ms": both / 5, "both_graph_ms": both / 2} | more
+
+
+def test_gpu_power_summary(torch):
+    from benchmarks import gpu_power
+
+    rows = [gpu_row("power", 65536, 4.0), gpu_row("cudnn", 65536, 40.0), gpu_row("power", 1048576, 70.4)]
+    rows += [gpu_row("retention", 65536, 20.0), gpu_row("flash", 65536, 50.0, forward_ms=None)]
+    against, memory, growth = gpu_power.summary(rows)
+    ratios = against["times_faster_than"]
+    assert ratios == {"cudnn_forward": 10.0, "cudnn_both": 10.0, "retention_forward": 5.0, "retention_both": 5.0}
+    assert memory == {"d": 64, "t": 65536, "peak_mib": 900.0}
+    assert growth["time_a_token_relative_to_flagship"] == pytest.approx({"forward": 1.1, "both": 1.1})
+
+
+def test_gpu_power_covers_what_is_asked(torch):
+    from benchmarks import gpu_power
+
+    def lengths(name, d):
+        return [t for t in sorted(gpu_power.LENGTHS) if gpu_power.takes_part(name, t, d)]
+
+    everything = [2**n for n in range(9, 19)]
+    assert lengths("cudnn", 64) == lengths("flash", 128) == lengths("power", 128) == everything
+    assert lengths("power", 64) == [*everything, 1048576]
+    chunked, attention = (gpu_power.operations(name, 1, 65536, 64)[1] for name in ("power chunked", "power attention"))
+    assert (
+        chunked == gpu_power.operations("power", 1, 65536, 64)[1] < attention
+    )  # 36 products of 64 rows against 65536 / 2 keys
+
+
+def test_gpu_sdpa_says_why_a_bar_is_missed(torch):
+    from benchmarks import gpu_sdpa
+
+    mine, peer = gpu_row("torch_power", 2048, 4.0, reason=None), gpu_row("cudnn", 2048, 3.0)
+    forward, backward = sorted(gpu_sdpa.judge(mine, {"cudnn": peer}), key=lambda judged: judged["pass"] != "forward")
+    assert (forward["ratio"], forward["bar"], forward["reached"]) == (0.75, 1.0, False)
+    assert backward["pass"] == "backward" and backward["kernels_ratio"] == pytest.approx(0.75)
+    profile = {
+        "torch_power": [{"name": "void power::backward_kv<__nv_bfloat16, 64>(Shape)", "ms": 1.2}],
+        "cudnn": [{"name": "flash_bprop", "ms": 1.0}],
+    }
+    told = gpu_sdpa.why(forward, mine, profile)
+    assert "backward_kv 1.200" in told and "flash_bprop 1.000" in told
+    quick = mine | {"forward_graph_ms": 0.5, "both_graph_ms": 2.0}
+    judged = next(x for x in gpu_sdpa.judge(quick, {"cudnn": peer}) if x["pass"] == "forward")
+    assert gpu_sdpa.why(judged, quick, {}).startswith("the host: 1.000 ms as called, 0.500 ms of kernels")
+    refused = gpu_row("torch_power", 2048, 4.0, forward_ms=None, both_ms=None, reason="dq: error 1.0e-01")
+    assert {gpu_sdpa.why(x, refused, {}) for x in gpu_sdpa.judge(refused, {"cudnn": peer})} == {"not timed: dq: error 1.0e-01"}
+
+
+def test_commit_of_a_copied_tree(monkeypatch):
+    monkeypatch.setenv("POWER_COMMIT", "0123abc")
+    assert run.commit() == "0123abc"
+
+
+def test_plot_of_gpu_results(tmp_path, capsys):
+    def written(name, rows):
+        file = tmp_path / name
+        file.write_text(json.dumps({"about": {"device": "abacus"}, "rows": rows}))
+        return file
+
+    sides = {"causal": False, "s": 77}
+    rows = [gpu_row(name, t, t / 1e3) for name in ("power", "cudnn") for t in (512, 4096)] + [
+        gpu_row("power", 99, 1.0, **sides)
+    ]
+    lengths = written("lengths.json", rows)
+    bars = written("bars.json", [gpu_row("naive", 64, 2.0, workload="cross", compiled=x, **sides) for x in (False, True)])
+    for file, told in ((lengths, "microseconds a token"), (bars, "cross-attention: 64 queries, 77 keys")):
+        assert plot.main(["plot", str(file)]) == 0
+        drawn = file.with_suffix(".svg").read_text()
+        assert told in drawn and ">99<" not in drawn and plot.digest([file]) in drawn
+        first = file.with_suffix(".svg").read_bytes()
+        assert plot.main(["plot", str(file)]) == 0 and file.with_suffix(".svg").read_bytes() == first
+    capsys.readouterr()
+    assert plot.main(["plot", str(lengths), str(bars)]) == 2
+    assert "one file of a GPU benchmark" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("figure", sorted(RESULTS.glob("*.svg")), ids=lambda figure: figure.stem)
+def test_committed_figures_are_of_the_committed_results(figure, tmp_path):
+    source = figure.with_suffix(".json")
+    assert plot.digest([source]) in figure.read_text(), f"{figure.name} is older than {source.name}: python -m benchmarks.plot"
+    assert plot.main(["plot", str(source), f"--out={tmp_path / figure.name}"]) == 0
+    assert (tmp_path / figure.name).stat().st_size > figure.stat().st_size / 2
+
+
+def test_tables_of_gpu_results(torch):
+    from benchmarks import gpu_sdpa
+
+    about = {"device": "abacus", "torch": "2", "cuda": "13", "commit": "0123456789abcdef"}
+
+    def lines(*rows):
+        return table.markdown({"about": about, "rows": rows}).splitlines()
+
+    text = lines(gpu_row("cudnn", 512, 40.0), gpu_row("power", 512, 4.0), gpu_row("power", 4096, 8.0, both_graph_ms=None))
+    assert text[0].startswith("abacus, torch 2, CUDA 13, commit 0123456789ab.")
+    assert text[2] == "| d | t | power: forward | power: both | cudnn: forward | cudnn: both |"
+    assert text[4] == "| 64 | 512 | 1.00 (0.800) | 4.00 (2.00) | 10.00 (8.00) | 40.00 (20.00) |"
+    assert text[5] == "| 64 | 4096 | 2.00 (1.60) | 8.00 |  |  |"
+
+    sides = {"s": 512, "causal": True, "reason": None}
+    mine, peer = gpu_row("torch_power", 512, 4.0, **sides), gpu_row("cudnn", 512, 3.9, **sides)
+    mine["bars"] = [x | {"why": "of the weather"} for x in gpu_sdpa.judge(mine, {"cudnn": peer})]
+    text = lines(mine, peer)
+    assert text[4] == "| 64 | 512 | causal | forward | 1.00 (0.800) | 0.975 (0.780) | 0.97 | cudnn (bar 1.0): of the weather |"
+    assert text[5] == "| 64 | 512 | causal | backward | 3.00 (1.20) | 2.92 (1.17) | 0.97 |  |"
+
+    text = lines(*(gpu_row("naive", 64, 2.0 + x, workload="cross", compiled=x, s=77) for x in (False, True)))
+    assert text[4] == "| cross | naive | 0.500 (0.400) | 2.00 (1.00) | 0.750 (0.600) | 3.00 (1.50) | 900 |"
+
+
+@pytest.mark.parametrize("text", sorted(RESULTS.glob("*.md")), ids=lambda text: text.stem)
+def test_committed_tables_are_of_the_committed_results(text):
+    assert text.read_text() == table.markdown(json.loads(text.with_suffix(".json").read_text()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

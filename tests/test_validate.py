@@ -526,6 +526,33 @@ def test_memory_of_a_jax_program():
 
 
 @pytest.mark.skipif(not twins.present(), reason="needs a framework")
+def test_programs_compiled_ahead_are_those_that_are_measured(monkeypatch):
+    pytest.importorskip("jax")
+    problem = validate._problem(cases.BY_NAME["two_tokens"], "float32")
+    arrays = problem.case.make("float32")
+    served, refused = (validate._task(problem, "attention", "jax_power", name, "cpu", arrays) for name in ("xla", "mosaic_gpu"))
+    measure.compile_ahead([served, refused])
+    prepare = measure._prepare
+    monkeypatch.setattr(measure, "_prepare", lambda *arguments: pytest.fail("compiled again"))
+    outcome = measure.measure(served)
+    assert outcome.status == "ran"
+    want = problem.case.exact(arrays)
+    assert max(cases.relative_error(outcome.results[name], x) for name, x in want.items()) < 1e-5
+    monkeypatch.setattr(measure, "_prepare", prepare)
+    assert measure.measure(refused).status == "not served"
+    assert not measure._ready
+
+
+def test_every_program_of_a_run_is_compiled_ahead():
+    request = validate.parse(["validate", "--cases=gqa,sdpa:gqa", "--dtype=float16", "--lengths=64", "--device=cuda"])
+    pairs = {"power": [("jax_power", "xla"), ("torch_power", "eager")], "sdpa": [("jax_power", "xla")]}
+    tasks = validate.programs(request, pairs, validate.growth.plan(pairs["power"], request.lengths, full=True))
+    assert [task.twin for task in tasks] == ["jax_power"] * len(tasks)
+    forms = ("attention", "chunked", "recurrent")
+    named = [f"gqa float16 {form} xla" for form in forms] + ["sdpa:gqa float16 attention xla"]
+    assert [task.key for task in tasks] == named + [f"growth_64 {form} xla" for form in forms[:2]]
+
+
 def test_end_to_end_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     arguments = ["--cases=degree_6,sdpa:one_query", "--dtype=float32", f"--out={tmp_path}"]

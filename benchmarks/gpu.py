@@ -1,0 +1,284 @@
+"""What the benchmarks of one GPU share: times by CUDA events, memory, float64 checks on sampled rows, result files.
+
+A contestant is timed twice. `forward_ms` and `both_ms` are of the public call among calls that are queued without waiting, as
+they are in training: the host's time for a call counts where it is longer than the GPU's. `*_graph_ms` are of the same call
+replayed from a CUDA graph: its kernels alone, one behind the other. `backward_ms` is both passes less forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import run
+from bridge import cases
+
+# Operations a second of the matrix units, 16-bit operands, random numbers: measured, one H100 (NOTES.md).
+CEILING = 790e12
+# Rows of the output whose float64 results are worked out, in each head that is looked at.
+ROWS = 32
+# Errors are held to the contract's bounds for kernels that round to 16 bits inside. Others promise none; four times those tells
+# rounding from mistakes (cuDNN at t = 65536: dk 7.3e-3 on sampled rows, as it takes dy·y from a rounded y).
+SLACK = 4.0
+# A call is timed for this long (milliseconds), but not fewer or more often than so many times; one that is longer than
+# LONG is not replayed from a graph: there is nothing to hide.
+BUDGET, LEAST, MOST, LONG = 60.0, 2, 50, 50.0
+
+
+class Arrays(NamedTuple):
+    """q, k, v, dy `[b, t, h, d]`, log_g `[b, t, h]` or None; the first three and log_g are leaves."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dy: Tensor
+    log_g: Tensor | None = None
+
+    def leaves(self) -> list[Tensor]:
+        return [x for x in (self.q, self.k, self.v, self.log_g) if x is not None and x.requires_grad]
+
+
+class Contestant(NamedTuple):
+    """Someone to be timed.
+
+    Fields:
+      attend: (q, k, v, log_g) → y, all `[b, t, h, d]`.
+      weight: of a score and a log decay.
+      ours: held to the contract's bounds; others to `SLACK` times those.
+      heads_first: its arrays are stored `[b, h, t, d]`, as it likes them.
+    """
+
+    attend: Callable[..., Tensor]
+    weight: Callable[[Tensor, Tensor], Tensor]
+    ours: bool = True
+    heads_first: bool = False
+
+
+def power_weight(deg: int) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda score, decay: score**deg * decay.exp()
+
+
+def softmax_weight(score: Tensor, decay: Tensor) -> Tensor:
+    del decay
+    return score.exp()
+
+
+def heads_first(attention: Callable[..., Tensor], *, ours: bool, **options: Any) -> Contestant:
+    """Softmax attention by a function with the arguments of `F.scaled_dot_product_attention`."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> Tensor:
+        del log_g
+        return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options).transpose(1, 2)
+
+    return Contestant(attend, softmax_weight, ours, heads_first=True)
+
+
+def _on(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+# PyTorch's kernels of softmax attention.
+PYTORCH = {
+    "cudnn": functools.partial(_on, SDPBackend.CUDNN_ATTENTION),
+    "flash": functools.partial(_on, SDPBackend.FLASH_ATTENTION),
+    "memory-efficient": functools.partial(_on, SDPBackend.EFFICIENT_ATTENTION),
+}
+
+
+def make(
+    contestant: Contestant,
+    b: int,
+    t: int,
+    h: int,
+    d: int,
+    *,
+    t_kv: int | None = None,
+    gates: bool = False,
+    device: Any = "cuda",
+) -> Arrays:
+    """Random bfloat16 arrays, the same for every contestant; gates of about −0.07 a token, without a gradient for softmax."""
+    torch.manual_seed(0)
+    t_kv = t if t_kv is None else t_kv
+    arrays = [torch.randn(b, n, h, d, device=device, dtype=torch.bfloat16) for n in (t, t_kv, t_kv, t)]
+    if contestant.heads_first:
+        arrays = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in arrays]
+    q, k, v, dy = arrays
+    log_g = None
+    if gates:
+        log_g = F.logsigmoid(torch.randn(b, t, h, device=device) + 3).requires_grad_(not contestant.heads_first)
+    return Arrays(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dy, log_g)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Right or wrong
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sampled_rows(t: int, device: Any = "cuda") -> Tensor:
+    """Up to `ROWS` rows: the second (the first sees itself alone, so its gradients are rounding), the last, some between."""
+    between = torch.linspace(1, t - 1, min(ROWS, t - 1), device=device).long()
+    return between.unique()
+
+
+def exact(
+    x: Arrays, weight: Callable[[Tensor, Tensor], Tensor], rows: Tensor, where: tuple[int, int], causal: bool
+) -> dict[str, Tensor]:
+    """y of `rows` of one (batch element, head), and the gradients of q in those rows and of k, v, log_g everywhere, in
+    float64, for an upstream gradient that is zero in all other rows."""
+    b, h = where
+    q, k, v = (a.detach().double().requires_grad_() for a in (x.q[b, rows, h], x.k[b, :, h], x.v[b, :, h]))
+    hidden = (torch.arange(len(k), device=q.device) > rows[:, None]) & causal
+    score, decay = q @ k.T * q.shape[-1] ** -0.5, torch.zeros((), dtype=torch.float64, device=q.device)
+    leaves = {"q": q, "k": k, "v": v}
+    if x.log_g is not None and x.log_g.requires_grad:
+        leaves["log_g"] = x.log_g[b, :, h].detach().double().requires_grad_()
+        sums = leaves["log_g"].cumsum(0)
+        decay = (sums[rows, None] - sums).masked_fill(hidden, 0.0)
+    w = weight(score, decay).masked_fill(hidden, 0.0)
+    y = w @ v / w.sum(-1, keepdim=True)
+    grads = torch.autograd.grad(y, list(leaves.values()), x.dy[b, rows, h].double())
+    return {"y": y.detach()} | {f"d{name}": dx for name, dx in zip(leaves, grads, strict=True)}
+
+
+def errors(contestant: Contestant, x: Arrays, causal: bool = True) -> dict[str, float]:
+    """Relative L2 errors of y and every gradient on sampled rows of the first and of the last head; the larger of the two."""
+    rows, (b, _, h, _) = sampled_rows(x.q.shape[1], x.q.device), x.q.shape
+    heads = list(dict.fromkeys([(0, 0), (b - 1, h - 1)]))
+    dy = torch.zeros_like(x.dy)
+    for i, j in heads:
+        dy[i, rows, j] = x.dy[i, rows, j]
+    y = contestant.attend(x.q, x.k, x.v, x.log_g)
+    names = ("dq", "dk", "dv", "dlog_g")[: len(x.leaves())]
+    got = dict(zip(names, torch.autograd.grad(y, x.leaves(), dy), strict=True)) | {"y": y.detach()}
+    found: dict[str, float] = {}
+    for i, j in heads:
+        for name, want in exact(x, contestant.weight, rows, (i, j), causal).items():
+            result = got[name][i, :, j] if name not in ("y", "dq") else got[name][i, rows, j]
+            error = float((result.double() - want).norm() / want.norm())
+            found[name] = max(found.get(name, 0.0), error if error == error else float("inf"))
+    return found
+
+
+def breach(contestant: Contestant, found: Mapping[str, float]) -> str | None:
+    """The tensor whose error is furthest beyond its bound; None if all hold."""
+    bounds, slack = cases.bounds("bfloat16", "cuda"), 1.0 if contestant.ours else SLACK
+    name = max(found, key=lambda name: found[name] / bounds[name])
+    return f"{name}: error {found[name]:.1e}" if not found[name] <= slack * bounds[name] else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time and memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def median(call: Callable[[], Any]) -> float:
+    """Median milliseconds between the ends of calls that are queued without waiting; the first calls were made before."""
+
+    def queue(count: int) -> list[float]:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        events[0].record()
+        for event in events[1:]:
+            call()
+            event.record()
+        torch.cuda.synchronize()
+        return [first.elapsed_time(last) for first, last in zip(events[:-1], events[1:], strict=True)]
+
+    once = min(queue(2))
+    return statistics.median(queue(int(min(MOST, max(LEAST, BUDGET / once)))))
+
+
+def graph_median(call: Callable[[], Any]) -> float:
+    """Median milliseconds of `call` replayed from a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return median(graph.replay)
+
+
+def peak_bytes(call: Callable[[], Any], arrays: Sequence[Tensor]) -> int:
+    """Most memory in use during `call`, but for what others hold: its inputs, what it allocates, its results."""
+    call()  # libraries make their workspaces at first use, once for the process
+    held = torch.cuda.memory_allocated() - sum(x.untyped_storage().nbytes() for x in arrays)
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - held
+
+
+def measure(contestant: Contestant, x: Arrays, *, causal: bool = True) -> dict[str, Any]:
+    """Errors, times and memory of a contestant, as columns of a row; no times and a reason where it is wrong or refuses."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return contestant.attend(x.q, x.k, x.v, x.log_g)
+
+    def both() -> tuple[Tensor, ...]:
+        y = contestant.attend(x.q, x.k, x.v, x.log_g)
+        return y.detach(), *torch.autograd.grad(y, x.leaves(), x.dy)
+
+    row: dict[str, Any] = dict.fromkeys(("forward_ms", "both_ms", "backward_ms", "forward_graph_ms", "both_graph_ms"))
+    try:
+        row["peak_mib"] = peak_bytes(both, [a for a in x if a is not None]) / 2**20
+        row["errors"] = errors(contestant, x, causal)
+        row["reason"] = breach(contestant, row["errors"])
+        if row["reason"] is None:
+            row |= {"forward_ms": median(forward), "both_ms": median(both)}
+            row["backward_ms"] = row["both_ms"] - row["forward_ms"]
+            if row["both_ms"] < LONG:
+                row |= {"forward_graph_ms": graph_median(forward), "both_graph_ms": graph_median(both)}
+    except (NotImplementedError, RuntimeError) as error:  # out of memory, or a backend that refuses the call
+        row["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return row
+
+
+def kernels(call: Callable[[], Any], calls: int = 3) -> list[dict[str, Any]]:
+    """Name, launches and milliseconds in one call of every kernel that takes part, the longest first, by CUPTI."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    found = [
+        {"name": event.key, "launches": event.count / calls, "ms": event.self_device_time_total / 1e3 / calls}
+        for event in profile.key_averages()
+        if event.self_device_time_total > 0
+    ]
+    return sorted(found, key=lambda kernel: -kernel["ms"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Result files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def about() -> dict[str, Any]:
+    """Device, versions and commit."""
+    name, version = torch.cuda.get_device_name(), torch.__version__
+    return {"device": name, "torch": version, "cuda": torch.version.cuda, "commit": run.commit()}
+
+
+def save(path: pathlib.Path, found: Mapping[str, Any]) -> None:
+    """Writes what has been measured so far: a run that is cut short leaves that."""
+    path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """The numbers of a row, for the log."""
+    if row["forward_ms"] is None:
+        return f"no times: {row['reason']}"
+    alone = "" if row["both_graph_ms"] is None else f" (kernels {row['forward_graph_ms']:.3f} {row['both_graph_ms']:.3f})"
+    worst = " ".join(f"{name} {value:.1e}" for name, value in row["errors"].items())
+    return f"forward {row['forward_ms']:8.3f} both {row['both_ms']:8.3f}{alone} peak {row['peak_mib']:6.0f} MiB  {worst}"
