@@ -50,11 +50,11 @@ def run(case: Case, arrays: dict[str, Any], kernels: Any = chunked) -> dict[str,
 # Lowering
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Both padded head sizes, both dtypes, several chunks and one with states, groups, with and without normaliser.
+# Both dtypes, several chunks and one with states, groups, with and without normaliser. Heads of more than 64 are not served:
+# from JAX 0.12 on their results, stored without a detour through shared memory, are not lowered.
 LOWERED = (
     ("bfloat16", Case("two_chunks", t=1100, d=64, e=64)),
     ("float16", Case("states", t=70, h_q=4, d=48, e=64, normalize=False, initial_state=True, return_state=True)),
-    ("bfloat16", Case("wide", t=1100, d=128, e=128)),
 )
 
 
