@@ -137,7 +137,7 @@ def main() -> None:
         torch.cuda.synchronize()
     if "sanitize" in sys.argv:  # under compute-sanitizer: kernels of the package and no reference
         for d in (64, 128):
-            fwd = driver.forward(lib, *driver.make(1, 600, 2, 1, d, d, state=True))
+            fwd = driver.forward(lib, *driver.make(1, 900, 2, 1, d, d, state=True))
             fwd()
             driver.backward(lib, fwd, torch.randn_like(fwd.tensors["y"]), *(torch.randn_like(fwd.tensors[n]) for n in "sz"))()
             torch.cuda.synchronize()
