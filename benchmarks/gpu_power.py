@@ -33,7 +33,7 @@ LENGTHS = (FLAGSHIP, LONGEST, 16384, 32768, 131072, 262144, 8192, 4096, 2048, 10
 # Shortest and longest t of each contestant. Above 262144 softmax attention takes seconds, and d = 128 does not fit into memory;
 # `eager` holds gigabytes. Forms are compared around their crossing. retention's chunks have 1024 tokens.
 RANGES = {
-    "power": (0, LONGEST), "power chunked": (4096, 65536), "power attention": (4096, 32768), "eager": (0, 65536),
+    "power": (0, LONGEST), "power chunked": (4096, 131072), "power attention": (4096, 32768), "eager": (0, 65536),
     "cudnn": (0, 262144), "flash": (0, 262144), "retention": (16384, 262144),
 }  # fmt: skip
 LONGEST_WIDE = 262144
