@@ -87,7 +87,6 @@ def test_serves_and_refuses_what_torch_does_in_the_same_words(monkeypatch, name,
     their_attention = importlib.import_module("torch_power.cuda.attention")
     for module in (library, their_library):
         monkeypatch.setattr(module, "missing", lambda: None)
-    monkeypatch.setattr(theirs, "_missing", lambda: None)
     call = call_of(**CALLS[name])
     planned = power.plan(call)
     assert planned == theirs.plan(call)

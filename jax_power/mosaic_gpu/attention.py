@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from bridge import spec
+from bridge import hopper, spec
 from jax_power import platforms
 from jax_power.mosaic_gpu import power_bwd, power_fwd
 from jax_power.mosaic_gpu.attention_common import fill_up, head_scale, measure_ranges, sum_gates
@@ -13,20 +13,7 @@ from jax_power.mosaic_gpu.attention_common import fill_up, head_scale, measure_r
 
 def supports(call: spec.PowerCall, device: str) -> str | None:
     """None, or why the kernels of the attention form cannot serve `call`: the argument, and what would work."""
-    if device != "cuda":
-        return f"device {device}: the kernels run on a Hopper GPU; move the arrays there"
-    if call.form != "attention":
-        return f"form={call.form!r}: these kernels compute form='attention'"
-    if len(set(call.dtypes)) > 1 or call.dtypes[0] not in ("bfloat16", "float16"):
-        return f"dtypes {', '.join(call.dtypes)} of q, k, v: the kernels take bfloat16 or float16, the same for all three"
-    if call.deg > 4:
-        return f"deg={call.deg}: the kernels of the attention form take 1 to 4"
-    for name, size in (("d", call.d), ("e", call.e)):
-        if size > 128:
-            return f"head size {name}={size}: the kernels of the attention form take up to 128"
-    if call.has_state or call.return_state:
-        return "initial_state, return_state: the attention form's kernels have no state; use form='chunked'"
-    return platforms.not_hopper()
+    return hopper.attention_lacks(call, device, largest=128, padded=True) or platforms.not_hopper()
 
 
 def forward(

@@ -4,28 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bridge import spec
+from bridge import hopper, spec
 from torch_power.cuda import library
 
 
 def supports(call: spec.PowerCall, device: str) -> str | None:
     """None, or why the kernels of the attention form cannot serve `call`: the argument, and what would work."""
-    if not device.startswith("cuda"):
-        return f"device {device}: the kernels run on a Hopper GPU; move the arrays there"
-    if call.form != "attention":
-        return f"form={call.form!r}: these kernels compute form='attention'"
-    if len(set(call.dtypes)) > 1 or call.dtypes[0] not in ("bfloat16", "float16"):
-        return f"dtypes {', '.join(call.dtypes)} of q, k, v: the kernels take bfloat16 or float16, the same for all three"
-    if call.deg > 4:
-        return f"deg={call.deg}: the kernels of the attention form take 1 to 4"
-    for name, size in (("d", call.d), ("e", call.e)):
-        if not 8 <= size <= 256 or size % 8:
-            return f"head size {name}={size}: the kernels of the attention form take multiples of 8 up to 256"
-        if size > 128 and call.deg == 4 and call.dtypes[0] == "float16":
-            return f"head size {name}={size}: with deg=4 in float16 the kernels take up to 128; bfloat16 takes up to 256"
-    if call.has_state or call.return_state:
-        return "initial_state, return_state: the attention form's kernels have no state; use form='chunked'"
-    return library.missing()
+    return hopper.attention_lacks(call, device) or library.missing()
 
 
 def forward(

@@ -1,70 +1,39 @@
 """Power attention on Hopper GPUs: the CUDA kernels behind the interface every implementation has.
 
-The attention form is `torch_power.cuda.attention`; here are the chunked form (degree 2) and the choice between them.
+The attention form is `torch_power.cuda.attention`; here is the chunked form (degree 2); the choice between
+them is `bridge.hopper.plan`.
 Arithmetic is float16 products with float32 sums on operands scaled by powers of two (csrc/power/chunked_layout.cuh), so
 bfloat16 inputs lose nothing on the way in.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bridge import spec
+from bridge import hopper, spec
 from torch_power.cuda import attention, library
-
-# Tokens from which the chunked form is faster, by the head size that kernels pad to: one H100, forward and backward together,
-# nanoseconds a token and head (benchmarks/results/gpu_power_h100.json and gpu_attention_h100.json).
-CROSSING = {
-    64: 9_200,  # chunked 8.4 at t = 8192 and 7.4 at 65536, attention 7.8 at 8192 and 16.1 at 16384
-    128: 17_000,  # chunked 29.9 at t = 16384 and 33.6 at 65536, attention 30.0 at 16384
-}
-
 
 # Whether the chunked form's states are kept from the forward to the backward pass when a gradient will be wanted: 2·D·e bytes a
 # chunk and head (at b = 1, t = 65536, h = 8, d = 64: 164 MB). False: the backward pass works them out again, to the same bits.
 KEEP_STATES = True
 
 
-def plan(call: spec.PowerCall) -> spec.PowerCall:
-    """Replace a form that was left open by the one that is faster here, forward and backward together.
-
-    What the chunked kernels lack (other degrees, no mask, heads of more than 128) is left to the attention form.
-    """
-    if not call.auto_form or call.has_state or call.return_state:
-        return call
-    if call.deg != 2 or not call.causal or call.d % 8 or max(call.d, call.e) > 128:
-        return dataclasses.replace(call, form="attention")
-    crossing = CROSSING[64 if max(call.d, call.e) <= 64 else 128]
-    return dataclasses.replace(call, form="attention" if call.t < crossing else "chunked")
+plan = hopper.plan
 
 
 def supports(call: spec.PowerCall, device: str) -> str | None:
     """None, or why the kernels cannot serve `call`: the argument, and what would work."""
-    if call.form == "attention" and not (call.has_state or call.return_state):
+    if hopper.in_attention_form(call):
         return attention.supports(call, device)
-    if not device.startswith("cuda"):
-        return f"device {device}: the kernels run on a Hopper GPU; move the arrays there"
-    if call.deg != 2:
-        return f"deg={call.deg}: the chunked kernels take 2; form='attention' without a state takes 1 to 4"
-    if not call.causal:
-        return "causal=False: the chunked kernels are causal; use form='attention'"
-    if len(set(call.dtypes)) > 1 or call.dtypes[0] not in ("bfloat16", "float16"):
-        return f"dtypes {', '.join(call.dtypes)} of q, k, v: the kernels take bfloat16 or float16, the same for all three"
-    for name, size in (("d", call.d), ("e", call.e)):
-        if not 8 <= size <= 128 or size % 8:
-            return f"head size {name}={size}: the chunked kernels take multiples of 8 up to 128"
-    if call.b * call.h_q > 65535:
-        return f"b·h_q={call.b * call.h_q}: the chunked kernels take at most 65535 heads in all"
-    return library.missing()
+    return hopper.chunked_lacks(call, device) or library.missing()
 
 
 def saved_bytes(call: spec.PowerCall) -> int:
     """Size of the buffer `saved` of forward and backward; 0 where nothing is kept."""
-    if call.form == "attention" and not (call.has_state or call.return_state):
+    if hopper.in_attention_form(call):
         return 0
     return library.saved_bytes(call) if KEEP_STATES and not _empty(call) else 0
 
@@ -84,7 +53,7 @@ def forward(
     A call with a state, and one of form 'recurrent', is served by the chunked kernels whatever the form: the sums are the same.
     `saved`, `saved_bytes(call)` long, takes what the backward pass would otherwise work out again.
     """
-    if call.form == "attention" and not (call.has_state or call.return_state):
+    if hopper.in_attention_form(call):
         return attention.forward(call, q, k, v, log_g, s0, z0)
     if _empty(call):
         y, norm = v.new_empty(call.b, call.t, call.h_q, call.e), _zeros(q, call.b, call.t, call.h_q)
@@ -116,7 +85,7 @@ def backward(
 
     Without `saved`, states are worked out again. Every sum has one order: two runs, with `saved` or without, give equal bits.
     """
-    if call.form == "attention" and not (call.has_state or call.return_state):
+    if hopper.in_attention_form(call):
         return attention.backward(call, q, k, v, log_g, s0, z0, y, norm, dy, ds, dz)
     arguments = q, k, v, log_g, s0, z0
     if _empty(call):
