@@ -9,14 +9,16 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from bridge import hopper, spec
+from bridge import spec
 from jax_power import platforms
 from jax_power.mosaic_gpu import chunked_bwd, chunked_fwd
 
 
 def supports(call: spec.PowerCall, device: str) -> str | None:
     """None, or why the kernels of the chunked form cannot serve `call`: the argument, and what would work."""
-    return hopper.chunked_lacks(call, device, most_heads=None) or platforms.not_hopper()
+    if device != "cuda":
+        return f"device {device}: the kernels run on a Hopper GPU; move the arrays there"
+    return lacks(call) or platforms.not_hopper()
 
 
 def lacks(call: spec.PowerCall) -> str | None:

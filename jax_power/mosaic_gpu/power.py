@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from jax import Array
 
-from bridge import hopper, spec
+from bridge import spec
 from jax_power.mosaic_gpu import attention, chunked
 
 # Tokens from which the chunked form is faster: one H100, d = e = 64, kernels forward and backward together, nanoseconds a token
@@ -19,8 +20,14 @@ CROSSING = 9_900
 
 
 def plan(call: spec.PowerCall) -> spec.PowerCall:
-    """Replace a form that was left open by the one that is faster here, forward and backward together."""
-    return hopper.plan(call, CROSSING)
+    """Replace a form that was left open by the one that is faster here, forward and backward together.
+
+    What the chunked kernels lack is left to the attention form.
+    """
+    if not call.auto_form or call.has_state or call.return_state:
+        return call
+    short = call.t < CROSSING or chunked.lacks(call) is not None
+    return dataclasses.replace(call, form="attention" if short else "chunked")
 
 
 def supports(call: spec.PowerCall, device: str) -> str | None:
@@ -48,4 +55,4 @@ def backward(
 
 def _form(call: spec.PowerCall) -> Any:
     """The module that serves `call`."""
-    return attention if hopper.in_attention_form(call) else chunked
+    return attention if call.form == "attention" and not (call.has_state or call.return_state) else chunked
