@@ -169,15 +169,14 @@ __device__ __forceinline__ float quad_sum(float x) {
 struct RowBlock {
   int chunk, first_tile, head; /* first_tile: within the chunk */
   bool empty;
-  /* `later_first`: rows late in a chunk meet most (queries); otherwise early ones do (keys). A chunk's last block may reach beyond it. */
+  /* `later_first`: rows late in a chunk meet most (queries); otherwise early ones do (keys). */
   __device__ __forceinline__ RowBlock(const Sizes &z, int item, int rows, bool later_first) {
-    const int blocks = in_chunk(z, rows), order = item / z.chunks % blocks;
+    const int blocks = z.chunk / rows, order = item / z.chunks % blocks;
     chunk = item % z.chunks, head = item / (z.chunks * blocks);
     first_tile = (later_first ? blocks - 1 - order : order) * (rows / TILE);
     empty = chunk * z.chunk + first_tile * TILE >= z.t;
   }
-  static __host__ __device__ int count(const Sizes &z, int heads, int rows) { return z.chunks * in_chunk(z, rows) * heads; }
-  static __host__ __device__ int in_chunk(const Sizes &z, int rows) { return (z.chunk + rows - 1) / rows; }
+  static __host__ __device__ int count(const Sizes &z, int heads, int rows) { return z.chunks * (z.chunk / rows) * heads; }
 };
 
 /* A value that is the same in all lanes, which the compiler then knows: descriptors made from it need no moves to uniform registers. */

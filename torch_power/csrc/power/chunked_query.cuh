@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(threads(QueryTiles<PADDED_D, PADDED_E>::GROUPS
         bulk_load(stages_smem + at.slot * T::STAGE_BYTES, source, bytes, ring.full(at.slot));
         at.advance();
       };
-      const int chunk = block.chunk, kv = block.head / p.z.group, last_tile = min(block.first_tile + T::GROUPS, p.z.chunk_tiles) - 1;
+      const int chunk = block.chunk, kv = block.head / p.z.group, last_tile = block.first_tile + T::GROUPS - 1;
       const int64_t chunk_tile = int64_t(kv) * p.z.tiles + chunk * p.z.chunk_tiles;
       if (chunk > 0 || p.has_state) {
         const __half *moments = p.moments + int64_t(chunk * heads + kv) * D_TILES * D_TILES * 4096;
@@ -171,20 +171,10 @@ __global__ void __launch_bounds__(threads(QueryTiles<PADDED_D, PADDED_E>::GROUPS
     const Lane lane;
     const int row = lane.warp * 16 + lane.group;
     const int chunk = block.chunk, kv = block.head / p.z.group;
-    const int first_tile = block.first_tile, last_tile = min(first_tile + T::GROUPS, p.z.chunk_tiles) - 1;
+    const int first_tile = block.first_tile, last_tile = first_tile + T::GROUPS - 1;
     const int64_t chunk_tile = int64_t(kv) * p.z.tiles + chunk * p.z.chunk_tiles;
     const bool has_state = chunk > 0 || p.has_state;
     const int own_tile = first_tile + group; /* of the chunk */
-    if (own_tile > last_tile) { /* nothing of the chunk is left for this warpgroup, whose releases the ring counts on */
-      const int slots = (has_state ? D_TILES + p.z.pairs : 0) + last_tile + 1;
-#pragma unroll 1
-      for (int i = 0; i < slots; i++) {
-        ring.wait(at);
-        ring.release(at.slot);
-        at.advance();
-      }
-      return;
-    }
     const uint32_t q_tile = rows_smem + group * T::ROW_HALVES * TILE_BYTES;
     float acc[PADDED_E / 2], den[2] = {0.f, 0.f};
     stage_queries<In, PADDED_D>(p.q, block.head / p.z.h_q * p.q.batch + block.head % p.z.h_q * p.q.head, chunk * p.z.chunk + own_tile * TILE, p.z.t,

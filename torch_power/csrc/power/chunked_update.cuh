@@ -105,7 +105,6 @@ __device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring &
                                              Store store, Decay decay, Accumulate accumulate) {
   RingPosition<STAGES> at;
   float total_decay = 1.f;
-  const int tiles = p.group * p.z.chunk_tiles;
   float2 factors = chunk_factors(p, head, p.reverse ? p.z.chunks - 1 : 0, lane);
 #pragma unroll 1
   for (int step = 0; step < p.z.chunks; step++) {
@@ -115,18 +114,16 @@ __device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring &
     decay(factors.x);
     if (step + 1 < p.z.chunks) factors = chunk_factors(p, head, p.reverse ? chunk - 1 : chunk + 1, lane); /* arrives during the tiles */
     int undrained = -1;
-    const auto next_tile = [&](int part) {
-      ring.wait(at);
-      accumulate(at.slot, part, undrained);
-      undrained = at.slot;
-      at.advance();
-    };
 #pragma unroll 1
-    for (int tile = TILES_A_STEP; tile <= tiles; tile += TILES_A_STEP) {
+    for (int tile = 0; tile < p.group * p.z.chunk_tiles; tile += TILES_A_STEP) {
 #pragma unroll
-      for (int part = 0; part < TILES_A_STEP; part++) next_tile(part);
+      for (int part = 0; part < TILES_A_STEP; part++) {
+        ring.wait(at);
+        accumulate(at.slot, part, undrained);
+        undrained = at.slot;
+        at.advance();
+      }
     }
-    if (TILES_A_STEP == 2 && tiles % 2 == 1) next_tile(0);
     wgmma_wait<0>();
     ring.release(undrained);
   }
