@@ -1,4 +1,4 @@
-"""What the benchmarks of one GPU share: times by CUDA events, memory, float64 checks on sampled rows, result files.
+"""What the benchmarks of one GPU share: times by CUDA events, memory, float64 checks of whole heads, result files.
 
 A contestant is timed twice. `forward_ms` and `both_ms` are of the public call among calls that are queued without waiting, as
 they are in training: the host's time for a call counts where it is longer than the GPU's. `*_graph_ms` are of the same call
@@ -24,10 +24,12 @@ from bridge import cases
 
 # Operations a second of the matrix units, 16-bit operands, random numbers: measured, one H100 (NOTES.md).
 CEILING = 790e12
-# Rows of the output whose float64 results are worked out, in each head that is looked at.
-ROWS = 32
+# Up to this length a head is checked as a whole, as the contract's bounds are of whole tensors; beyond, through this many rows.
+WHOLE, ROWS = 262144, 32
+# Scores in float64 that are held at a time: 0.5 GB an array.
+SCORES = 1 << 26
 # Errors are held to the contract's bounds for kernels that round to 16 bits inside. Others promise none; four times those tells
-# rounding from mistakes (cuDNN at t = 65536: dk 7.3e-3 on sampled rows, as it takes dy·y from a rounded y).
+# rounding from mistakes (cuDNN takes dy·y from a rounded y: dk 7.3e-3 where few rows decide).
 SLACK = 4.0
 # A call is timed for this long (milliseconds), but not fewer or more often than so many times; one that is longer than
 # LONG is not replayed from a graph: there is nothing to hide.
@@ -63,6 +65,7 @@ class Contestant(NamedTuple):
     heads_first: bool = False
 
 
+@functools.cache
 def power_weight(deg: int) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda score, decay: score**deg * decay.exp()
 
@@ -124,45 +127,74 @@ def make(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def sampled_rows(t: int, device: Any = "cuda") -> Tensor:
-    """Up to `ROWS` rows: the second (the first sees itself alone, so its gradients are rounding), the last, some between."""
-    between = torch.linspace(1, t - 1, min(ROWS, t - 1), device=device).long()
-    return between.unique()
+def checked_rows(t: int, device: Any = "cuda") -> Tensor:
+    """The rows whose upstream gradient is not zero: all up to t = `WHOLE`; beyond, the second, the last, and some between."""
+    if t <= WHOLE:
+        return torch.arange(t, device=device)
+    return torch.linspace(1, t - 1, ROWS, device=device).long().unique()
 
 
 def exact(
     x: Arrays, weight: Callable[[Tensor, Tensor], Tensor], rows: Tensor, where: tuple[int, int], causal: bool
 ) -> dict[str, Tensor]:
     """y of `rows` of one (batch element, head), and the gradients of q in those rows and of k, v, log_g everywhere, in
-    float64, for an upstream gradient that is zero in all other rows."""
+    float64, for an upstream gradient that is zero in all other rows; so many rows at a time that their scores fit `SCORES`."""
     b, h = where
-    q, k, v = (a.detach().double().requires_grad_() for a in (x.q[b, rows, h], x.k[b, :, h], x.v[b, :, h]))
-    hidden = (torch.arange(len(k), device=q.device) > rows[:, None]) & causal
-    score, decay = q @ k.T * q.shape[-1] ** -0.5, torch.zeros((), dtype=torch.float64, device=q.device)
-    leaves = {"q": q, "k": k, "v": v}
+    q, k, v = (a.detach()[b, :, h].double() for a in (x.q, x.k, x.v))
+    whole = {"k": k, "v": v}
     if x.log_g is not None and x.log_g.requires_grad:
-        leaves["log_g"] = x.log_g[b, :, h].detach().double().requires_grad_()
-        sums = leaves["log_g"].cumsum(0)
-        decay = (sums[rows, None] - sums).masked_fill(hidden, 0.0)
-    w = weight(score, decay).masked_fill(hidden, 0.0)
-    y = w @ v / w.sum(-1, keepdim=True)
-    grads = torch.autograd.grad(y, list(leaves.values()), x.dy[b, rows, h].double())
-    return {"y": y.detach()} | {f"d{name}": dx for name, dx in zip(leaves, grads, strict=True)}
+        whole["log_g"] = x.log_g.detach()[b, :, h].double()
+    grads = {name: torch.zeros_like(a) for name, a in whole.items()}
+    y, dq = [], []
+    for some in rows.split(max(1, SCORES // len(k))):
+        seen = int(some.max()) + 1 if causal else len(k)
+        leaves = {"q": q[some].requires_grad_()} | {name: a[:seen].clone().requires_grad_() for name, a in whole.items()}
+        hidden = (torch.arange(seen, device=q.device) > some[:, None]) & causal
+        decay = torch.zeros((), dtype=torch.float64, device=q.device)
+        if "log_g" in leaves:
+            sums = leaves["log_g"].cumsum(0)
+            decay = (sums[some, None] - sums).masked_fill(hidden, 0.0)
+        w = weight(leaves["q"] @ leaves["k"].T * q.shape[-1] ** -0.5, decay).masked_fill(hidden, 0.0)
+        part = w @ leaves["v"] / w.sum(-1, keepdim=True)
+        found = torch.autograd.grad(part, list(leaves.values()), x.dy[b, some, h].double())
+        y.append(part.detach())
+        dq.append(found[0])
+        for name, dx in zip(whole, found[1:], strict=True):
+            grads[name][:seen] += dx
+    return {"y": torch.cat(y), "dq": torch.cat(dq)} | {f"d{name}": dx for name, dx in grads.items()}
+
+
+# What is exact does not depend on who is timed: `make` gives all the same arrays.
+_EXACT: dict[Any, dict[str, Tensor]] = {}
+
+
+def _exact_once(
+    x: Arrays, weight: Callable[[Tensor, Tensor], Tensor], rows: Tensor, where: tuple[int, int], causal: bool
+) -> dict[str, Tensor]:
+    """`exact`, once for all contestants of a shape."""
+    gated = x.log_g is not None and x.log_g.requires_grad
+    key = (weight, x.q.shape, x.k.shape, x.q.device, gated, where, causal)
+    if key not in _EXACT:
+        if len(_EXACT) >= 4:  # two heads of softmax and of power attention
+            _EXACT.pop(next(iter(_EXACT)))
+        _EXACT[key] = exact(x, weight, rows, where, causal)
+    return _EXACT[key]
 
 
 def errors(contestant: Contestant, x: Arrays, causal: bool = True) -> dict[str, float]:
-    """Relative L2 errors of y and every gradient on sampled rows of the first and of the last head; the larger of the two."""
-    rows, (b, _, h, _) = sampled_rows(x.q.shape[1], x.q.device), x.q.shape
-    heads = list(dict.fromkeys([(0, 0), (b - 1, h - 1)]))
-    dy = torch.zeros_like(x.dy)
-    for i, j in heads:
-        dy[i, rows, j] = x.dy[i, rows, j]
+    """Relative L2 errors of y and every gradient in the last head, up to t = 16384 in the first too; the larger of the two."""
+    rows, (b, t, h, _) = checked_rows(x.q.shape[1], x.q.device), x.q.shape
+    heads = list(dict.fromkeys([(0, 0), (b - 1, h - 1)]))[0 if t <= 16384 else -1 :]
+    dy = x.dy
+    if len(rows) < t:
+        dy = torch.zeros_like(x.dy)
+        dy[:, rows] = x.dy[:, rows]
     y = contestant.attend(x.q, x.k, x.v, x.log_g)
     names = ("dq", "dk", "dv", "dlog_g")[: len(x.leaves())]
     got = dict(zip(names, torch.autograd.grad(y, x.leaves(), dy), strict=True)) | {"y": y.detach()}
     found: dict[str, float] = {}
     for i, j in heads:
-        for name, want in exact(x, contestant.weight, rows, (i, j), causal).items():
+        for name, want in _exact_once(x, contestant.weight, rows, (i, j), causal).items():
             result = got[name][i, :, j] if name not in ("y", "dq") else got[name][i, rows, j]
             error = float((result.double() - want).norm() / want.norm())
             found[name] = max(found.get(name, 0.0), error if error == error else float("inf"))
