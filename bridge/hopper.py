@@ -11,15 +11,18 @@ from collections.abc import Mapping
 
 from bridge import spec
 
-# Tokens from which the chunked form is faster, by the head size that kernels pad to: one H100, forward and backward together,
-# nanoseconds a token and head (benchmarks/results/gpu_power_h100.json and gpu_attention_h100.json).
-CROSSING: Mapping[int, int] = {
-    64: 9_200,  # chunked 8.4 at t = 8192 and 7.4 at 65536, attention 7.8 at 8192 and 16.1 at 16384
-    128: 17_000,  # chunked 29.9 at t = 16384 and 33.6 at 65536, attention 30.0 at 16384
+# Tokens from which the chunked form is faster, by the head size that kernels pad to and whether there are gates: one H100,
+# forward and backward together, nanoseconds a token and head (benchmarks/results/gpu_power_h100.json, gates on, and
+# gpu_attention_h100.json, none). The chunked form was timed with gates.
+CROSSING: Mapping[tuple[int, bool], int] = {
+    (64, True): 4_500,  # chunked 7.1 at t = 8192, attention 13.0: level at 4500 if that grows in proportion to t
+    (64, False): 9_200,  # attention 8.5 at 8192, but forward 0.85 ms where chunked takes 1.15; 16.8 at 16384
+    (128, True): 12_300,  # chunked 27.4 at 8192 and 28.4 at 16384, attention 18.9 and 36.5
+    (128, False): 17_000,  # attention 27.5 at 16384
 }
 
 
-def plan(call: spec.PowerCall, crossing: Mapping[int, int] = CROSSING) -> spec.PowerCall:
+def plan(call: spec.PowerCall) -> spec.PowerCall:
     """Replace a form that was left open by the one that is faster here, forward and backward together.
 
     What the chunked kernels lack (other degrees, no mask, heads of more than 128 or not of whole tiles) is left to the
@@ -29,8 +32,8 @@ def plan(call: spec.PowerCall, crossing: Mapping[int, int] = CROSSING) -> spec.P
         return call
     if call.deg != 2 or not call.causal or call.d % 8 or call.e % 8 or max(call.d, call.e) > 128:
         return dataclasses.replace(call, form="attention")
-    longest = crossing[64 if max(call.d, call.e) <= 64 else 128]
-    return dataclasses.replace(call, form="attention" if call.t < longest else "chunked")
+    crossing = CROSSING[64 if max(call.d, call.e) <= 64 else 128, call.has_gate]
+    return dataclasses.replace(call, form="attention" if call.t < crossing else "chunked")
 
 
 def in_attention_form(call: spec.PowerCall) -> bool:
@@ -67,10 +70,11 @@ def attention_lacks(call: spec.PowerCall, device: str, *, largest: int = 256, pa
     return None
 
 
-def chunked_lacks(call: spec.PowerCall, device: str, *, most_heads: int | None = 65535) -> str | None:
+def chunked_lacks(call: spec.PowerCall, device: str, *, largest: int = 128, most_heads: int | None = 65535) -> str | None:
     """None, or why the chunked kernels cannot serve `call`: the argument, and what would work.
 
     Args:
+      largest: head size that they take.
       most_heads: b·h_q that they take; None for any.
     """
     if (reason := _elsewhere(device)) is not None:
@@ -82,8 +86,8 @@ def chunked_lacks(call: spec.PowerCall, device: str, *, most_heads: int | None =
     if (reason := _dtypes(call)) is not None:
         return reason
     for name, size in (("d", call.d), ("e", call.e)):
-        if not 8 <= size <= 128 or size % 8:
-            return f"head size {name}={size}: the chunked kernels take multiples of 8 up to 128"
+        if not 8 <= size <= largest or size % 8:
+            return f"head size {name}={size}: the chunked kernels take multiples of 8 up to {largest}"
     if most_heads is not None and call.b * call.h_q > most_heads:
         return f"b·h_q={call.b * call.h_q}: the chunked kernels take at most {most_heads} heads in all"
     return None

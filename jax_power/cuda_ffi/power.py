@@ -1,7 +1,7 @@
 """Power attention on Hopper GPUs: the CUDA kernels behind the interface every implementation has.
 
-The attention form is `jax_power.cuda_ffi.attention`; here is the chunked form (degree 2); the choice between
-them is `bridge.hopper.plan`.
+The attention form is `jax_power.cuda_ffi.attention`; here is the chunked form (degree 2); the choice between them is
+`bridge.hopper.plan`.
 Arithmetic is float16 products with float32 sums on operands scaled by powers of two (csrc/power/chunked_layout.cuh), so
 bfloat16 inputs lose nothing on the way in.
 """
@@ -17,7 +17,7 @@ from bridge import hopper, spec
 from jax_power.cuda_ffi import attention, library
 
 # Whether the chunked form's states are kept from the forward to the backward pass: 2·D·e bytes a chunk and head (at b = 1,
-# t = 65536, h = 8, d = 64: 164 MB). False: the backward pass works them out again, to the same bits.
+# t = 65536, h = 8, d = 64: 217 MB). False: the backward pass works them out again, to the same bits.
 KEEP_STATES = True
 
 

@@ -9,29 +9,20 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from bridge import spec
+from bridge import hopper, spec
 from jax_power import platforms
 from jax_power.mosaic_gpu import chunked_bwd, chunked_fwd
 
 
 def supports(call: spec.PowerCall, device: str) -> str | None:
     """None, or why the kernels of the chunked form cannot serve `call`: the argument, and what would work."""
-    if device != "cuda":
-        return f"device {device}: the kernels run on a Hopper GPU; move the arrays there"
-    return lacks(call) or platforms.not_hopper()
+    return lacks(call, device) or platforms.not_hopper()
 
 
-def lacks(call: spec.PowerCall) -> str | None:
-    """`supports`, whatever the device."""
-    if call.deg != 2:
-        return f"deg={call.deg}: the chunked kernels take 2; form='attention' without a state takes 1 to 4"
-    if not call.causal:
-        return "causal=False: the chunked kernels are causal; use form='attention'"
-    if len(set(call.dtypes)) > 1 or call.dtypes[0] not in ("bfloat16", "float16"):
-        return f"dtypes {', '.join(call.dtypes)} of q, k, v: the kernels take bfloat16 or float16, the same for all three"
-    for name, size in (("d", call.d), ("e", call.e)):
-        if not 8 <= size <= 64 or size % 8:
-            return f"head size {name}={size}: the chunked kernels take multiples of 8 up to 64; form='attention' up to 128"
+def lacks(call: spec.PowerCall, device: str = "cuda") -> str | None:
+    """`supports`, whatever this machine has."""
+    if (reason := hopper.chunked_lacks(call, device, largest=64, most_heads=None)) is not None:
+        return reason
     # Right in the interpreter, but not yet held to the oracle on a GPU.
     if call.group > 1:
         return f"h_q={call.h_q}, h_kv={call.h_kv}: the chunked kernels take as many of both; repeat k and v"

@@ -11,7 +11,7 @@ from typing import Any
 
 from jax import Array
 
-from bridge import spec
+from bridge import hopper, spec
 from jax_power.mosaic_gpu import attention, chunked
 
 # Tokens from which the chunked form is faster: one H100, d = e = 64, kernels forward and backward together, nanoseconds a token
@@ -55,4 +55,4 @@ def backward(
 
 def _form(call: spec.PowerCall) -> Any:
     """The module that serves `call`."""
-    return attention if call.form == "attention" and not (call.has_state or call.return_state) else chunked
+    return attention if hopper.in_attention_form(call) else chunked
