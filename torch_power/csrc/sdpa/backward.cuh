@@ -454,11 +454,20 @@ __device__ __forceinline__ void backward_query(BackwardSmem<T, kD> &smem, const 
   }
 }
 
-template <typename T, int kD>
+/* What the warpgroups with keys do; power attention has its own (power/attention_one_pass_narrow.cuh). */
+struct Softmax {
+  using Problem = OnePassProblem;
+  template <typename T, int kD>
+  static __device__ __forceinline__ void sum(BackwardSmem<T, kD> &smem, const Problem &p, int group) {
+    backward_sum<T, kD>(smem, p, group);
+  }
+};
+
+template <typename T, int kD, typename Weights = Softmax>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     backward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                     const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap dy_map,
-                    const __grid_constant__ CUtensorMap dq_map, const __grid_constant__ OnePassProblem p) {
+                    const __grid_constant__ CUtensorMap dq_map, const __grid_constant__ typename Weights::Problem p) {
   using Tiles = BackwardTiles<kD>;
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto &smem = *reinterpret_cast<BackwardSmem<T, kD> *>(smem_bytes);
@@ -491,7 +500,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     backward_query<T, kD>(smem, p);
   } else {
     registers_raise<Tiles::kSumRegisters>();
-    backward_sum<T, kD>(smem, p, group);
+    Weights::template sum<T, kD>(smem, p, group);
   }
 }
 

@@ -84,34 +84,6 @@ int32_t launch_backward_tiles(const Call &call) {
   return keys_status;
 }
 
-/* The timetable of the one-pass kernel that takes the fewest steps. A visit is a step; a key block costs kItem more (its keys to come, its
- * gradients to leave). Of equals the one with most lanes, as a round reads all queries once, but no more than kLanes: t = 16384, d = 64 full
- * 10.7 ms with 16, 10.9 with 32, 11.0 with 64, 11.7 with 8. */
-inline Timetable make_timetable(const Call &call) {
-  const PowerSdpaShape &s = call.shape;
-  Timetable best = {};
-  best.heads = int(s.b * s.h_kv), best.sharing = int(s.h_q / s.h_kv), best.causal = s.causal != POWER_FULL;
-  best.key_blocks = int((s.t_kv + kKeyBlock - 1) / kKeyBlock), best.tiles = int((s.t_q + kRows - 1) / kRows);
-  constexpr int kItem = 2, kLanes = 32;
-  int64_t least = INT64_MAX;
-  for (int lanes = 1; lanes <= std::min(best.key_blocks, call.multiprocessors); ++lanes) {
-    Timetable t = best;
-    t.lanes = lanes, t.teams = std::min(call.multiprocessors / lanes, t.heads), t.rounds = (t.key_blocks + lanes - 1) / lanes;
-    const int64_t heads = (t.heads + t.teams - 1) / t.teams;  // of a team
-    int64_t steps = 0;
-    for (int round = 0; round < t.rounds; ++round) {
-      const int first = round * lanes, last = std::min(t.key_blocks, first + lanes) - 1;
-      const int seen = t.causal ? std::max(t.tiles - (first + last) * kSpacing / 2, 0) : t.tiles;
-      steps += int64_t(seen) * t.sharing + kItem;
-    }
-    steps *= heads;
-    if (t.causal && heads % 2) steps += int64_t(lanes - 1) * t.sharing * ((t.rounds + 1) / 2);
-    t.spacing = std::min<int64_t>(kSpacing, int64_t(t.tiles) * t.sharing / lanes);
-    if (steps < least || (steps == least && lanes <= kLanes)) least = steps, best = t;
-  }
-  return best;
-}
-
 /* Whether the one-pass kernel serves the call. Every query has to see a key, so that every sum is written. */
 template <int kD>
 bool takes_one_pass(const Call &call) {
@@ -126,7 +98,7 @@ int32_t launch_one_pass(const Call &call) {
   constexpr bool kHalf = is_half<T>;
   OnePassProblem p = {};
   static_cast<Problem &>(p) = make_problem(call);
-  p.table = make_timetable(call);
+  p.table = make_timetable(s.b * s.h_kv, s.h_q / s.h_kv, s.t_q, s.t_kv, s.causal != POWER_FULL, call.multiprocessors);
   p.scale = float(s.scale), p.d = int(s.d);
   p.records = reinterpret_cast<QueryRecord *>(call.workspace + at.records);
   p.sums = reinterpret_cast<float *>(call.workspace + at.sums);
