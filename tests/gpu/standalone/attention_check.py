@@ -69,7 +69,7 @@ WIDE = (  # one slot of everything, one stage of keys, two warpgroups for the sa
     Shape("f16 d256 large", t=4096, d=256, e=256, dtype="float16", std=8.0, h_q=1, h_kv=1),
     Shape("f16 d256 not causal", t=300, t_kv=500, d=256, e=256, dtype="float16", causal=False, h_q=4, h_kv=2),
 )
-ONE_PASS = (  # bfloat16, degree 2, causal, no gates: the backward pass in one pass, from 8192 tokens on, heads over 64 from 4096 on
+ONE_PASS = (  # bfloat16, degree 2, causal, no gates: the backward pass in one pass, from t = 8192, heads over 64 from 4096
     Shape("one pass d64", t=8192),
     Shape("one pass d64 gqa odd", t=8229, h_q=2, h_kv=1),
     Shape("one pass d64 odd tiles", t=8257, d=40, e=24, h_q=1, h_kv=1),
