@@ -1,11 +1,14 @@
 """Times the attention form of power attention against softmax attention on one GPU.
 
-    python -m benchmarks.gpu_attention OUT.json [--quick]
+    python -m benchmarks.gpu_attention OUT.json [--quick | --forms]
 
 b·t = 16384 tokens, h·d = 2048, bfloat16, no gates: the public function, and `F.scaled_dot_product_attention` with cuDNN and
 with flash attention, on the same random arrays. Causal at every power of two from 512 to 16384, without a mask, and short
 queries against long keys; d = 256 for information (beside flash attention; cuDNN's backward stops at 128). How times and
 errors are taken: benchmarks/gpu.py. About 30 s; `--quick` takes degree 2 and cuDNN alone, causal, in 10 s.
+
+`--forms`: the attention form against the chunked one, with gates and without, from which `bridge.hopper.CROSSING` is read;
+times alone, 15 s.
 """
 
 from __future__ import annotations
@@ -82,11 +85,38 @@ def rows(quick: bool) -> Iterator[tuple[Shape, str]]:
             yield Shape(TOKENS // t, t, t, WIDTH // 256, 256, True), name
 
 
+def both_passes(attend: Any, x: gpu.Arrays) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(attend(x.q, x.k, x.v, x.log_g), x.leaves(), x.dy)
+
+
+def forms() -> Iterator[dict[str, Any]]:
+    """Both forms on the same arrays, 32768 tokens of 1024 numbers: milliseconds, and nanoseconds a token and head."""
+    tokens, width = 32768, 1024
+    for d in (64, 128):
+        for t in (8192, 4096, 16384, 2048, 32768, 1024):
+            for gates in (True, False):
+                row: dict[str, Any] = {"b": tokens // t, "t": t, "h": width // d, "d": d, "gates": gates}
+                for form in ("attention", "chunked"):
+                    attend = functools.partial(
+                        torch_power.power_attention, deg=2, causal=True, form=form, implementation="cuda"
+                    )
+                    x = gpu.make(gpu.Contestant(attend, gpu.power_weight(2)), tokens // t, t, width // d, d, gates=gates)
+                    both = functools.partial(both_passes, attend, x)
+                    both()
+                    row[f"{form}_both_ms"] = gpu.median(both)
+                    with torch.no_grad():
+                        row[f"{form}_forward_ms"] = gpu.median(functools.partial(attend, x.q, x.k, x.v, x.log_g))
+                    row[f"{form}_both_ns"] = row[f"{form}_both_ms"] * 1e6 / (tokens * width // d)
+                print({name: round(value, 3) for name, value in row.items()}, flush=True)
+                yield row
+
+
 def main() -> None:
     output = pathlib.Path(next(x for x in sys.argv[1:] if not x.startswith("--")))
     found: list[dict[str, Any]] = []
-    for shape, name in rows("--quick" in sys.argv):
-        found.append(measure(name, shape))
+    all_rows = forms() if "--forms" in sys.argv else (measure(name, shape) for shape, name in rows("--quick" in sys.argv))
+    for row in all_rows:
+        found.append(row)
         gpu.save(output, {"about": gpu.about(), "rows": found})
 
 

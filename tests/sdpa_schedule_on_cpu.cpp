@@ -60,3 +60,10 @@ extern "C" int run_timetable(const int *numbers, int *waits) {
     if (!x) return -4;
   return steps;
 }
+
+/* The timetable that the kernels choose, as `numbers` of the above. */
+extern "C" void choose_timetable(int heads, int sharing, int t, bool causal, int multiprocessors, int *numbers) {
+  const Timetable x = make_timetable(heads, sharing, t, t, causal, multiprocessors);
+  const int found[] = {x.lanes, x.teams, x.heads, x.sharing, x.key_blocks, x.tiles, x.rounds, x.spacing, x.causal};
+  for (int i = 0; i < 9; ++i) numbers[i] = found[i];
+}

@@ -268,7 +268,7 @@ def test_small_workspace_is_refused():
         _fields_ = (
             *((name, ctypes.c_int64) for name in "b t t_kv h_q h_kv d e chunk_size".split()),
             ("scale", ctypes.c_double),
-            *((name, ctypes.c_int32) for name in "deg form dtype causal normalize".split()),
+            *((name, ctypes.c_int32) for name in "deg form dtype causal normalize saved gates".split()),
         )
 
     shape = Shape(1, 4, 4, 1, 1, 8, 8, 4, 1.0, 2, 1, 0, 1, 1)

@@ -14,21 +14,24 @@ HERE = pathlib.Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def run_timetable(tmp_path_factory):
+def library(tmp_path_factory):
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     library = tmp_path_factory.mktemp("schedule") / "schedule.so"
     source = HERE / "sdpa_schedule_on_cpu.cpp"
     subprocess.run([compiler, "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
-    function = ctypes.CDLL(str(library)).run_timetable
+    return ctypes.CDLL(str(library))
 
+
+@pytest.fixture(scope="module")
+def run_timetable(library):
     def run(lanes: int, teams: int, heads: int, sharing: int, key_blocks: int, tiles: int, causal: bool) -> tuple[int, int]:
         """Steps (negative: what went wrong) and steps spent waiting, all blocks together."""
         rounds, spacing = -(-key_blocks // lanes), min(2, tiles * sharing // lanes)
         numbers = (ctypes.c_int * 9)(lanes, teams, heads, sharing, key_blocks, tiles, rounds, spacing, causal)
         waits = ctypes.c_int()
-        return function(numbers, ctypes.byref(waits)), waits.value
+        return library.run_timetable(numbers, ctypes.byref(waits)), waits.value
 
     return run
 
@@ -54,3 +57,20 @@ def test_every_pair_is_added_once_and_nobody_waits_for_ever(run_timetable):
 )
 def test_nobody_waits(run_timetable, lanes, teams, heads, key_blocks, tiles, causal, steps):
     assert run_timetable(lanes, teams, heads, 1, key_blocks, tiles, causal) == (steps, 0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("heads", "sharing", "t"), [(16, 1, 16384), (32, 1, 8192), (64, 1, 4096), (8, 4, 4096), (5, 1, 4133), (1, 1, 300)]
+)
+def test_the_chosen_timetable_keeps_multiprocessors_busy(library, heads: int, sharing: int, t: int, causal: bool) -> None:
+    """At most 8 % more steps than 132 multiprocessors would take if work were a liquid."""
+    numbers, waits = (ctypes.c_int * 9)(), ctypes.c_int()
+    library.choose_timetable(heads, sharing, t, causal, 132, numbers)
+    lanes, teams, _, _, key_blocks, tiles, *_ = numbers
+    assert 1 <= lanes * teams <= 132
+    steps = library.run_timetable(numbers, ctypes.byref(waits))
+    visits = heads * sharing * sum(tiles - (2 * j if causal else 0) for j in range(key_blocks))
+    assert steps * 132 >= visits
+    if heads % 2 == 0:
+        assert steps * 132 <= 1.08 * visits

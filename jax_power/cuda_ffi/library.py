@@ -39,7 +39,7 @@ _ALIGNMENT = 256
 
 
 _SIZES = ("b", "t", "t_kv", "h_q", "h_kv", "d", "e", "chunk_size")
-_FLAGS = ("deg", "form", "dtype", "causal", "normalize", "saved")
+_FLAGS = ("deg", "form", "dtype", "causal", "normalize", "saved", "gates")
 
 
 class Shape(ctypes.Structure):
@@ -132,7 +132,7 @@ def shape_of(call: spec.PowerCall, saved: bool = False) -> Shape:
     """The call as a PowerAttentionShape."""
     return Shape(
         call.b, call.t, call.t_kv, call.h_q, call.h_kv, call.d, call.e, call.chunk_size, call.scale,
-        call.deg, _FORMS[call.form], _DTYPES[call.dtypes[0]], call.causal, call.normalize, saved,
+        call.deg, _FORMS[call.form], _DTYPES[call.dtypes[0]], call.causal, call.normalize, saved, call.has_gate,
     )  # fmt: skip
 
 

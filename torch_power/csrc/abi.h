@@ -80,6 +80,7 @@ typedef struct PowerAttentionShape {
   int32_t causal;    /* 0 or 1 */
   int32_t normalize; /* 0 or 1 */
   int32_t saved;     /* 0 or 1: the arrays come with `saved` */
+  int32_t gates;     /* 0 or 1: the arrays come with `log_g`; read where a workspace depends on it */
 } PowerAttentionShape;
 
 /* Axes: q, y, dq, dy [b, t, h_q, d or e];  k, v, dk, dv [b, t_kv, h_kv, d or e];  log_g, dlog_g [b, t, h_kv];

@@ -35,7 +35,7 @@ constexpr std::pair<std::string_view, int64_t Shape::*> SIZES[] = {
 };
 constexpr std::pair<std::string_view, int32_t Shape::*> FLAGS[] = {
     {"deg", &Shape::deg}, {"form", &Shape::form}, {"dtype", &Shape::dtype}, {"causal", &Shape::causal}, {"normalize", &Shape::normalize},
-    {"saved", &Shape::saved},
+    {"saved", &Shape::saved}, {"gates", &Shape::gates},
 };
 
 /* What a workspace must be aligned to; XLA promises less, so the caller asks for this many bytes more. */

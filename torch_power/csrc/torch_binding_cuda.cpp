@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> power_forward(const Tensor &q, const 
   check_sizes("s0", s0, q, {s.b, s.h_kv, rows, s.e});
   check_sizes("z0", z0, q, {s.b, s.h_kv, rows});
   check_saved(saved, s);
-  s.saved = saved.has_value();
+  s.saved = saved.has_value(), s.gates = log_g.has_value();
   Tensor y = make(q, {s.b, s.t, s.h_q, s.e}, v.scalar_type()), norm = make(q, {s.b, s.t, s.h_q}, ScalarType::Float);
   Tensor state = return_state ? make(q, {s.b, s.h_kv, rows, s.e}, ScalarType::Float) : make(q, {0}, ScalarType::Float);
   Tensor state_norm = return_state ? make(q, {s.b, s.h_kv, rows}, ScalarType::Float) : make(q, {0}, ScalarType::Float);
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> power_backward(
   check_sizes("ds", ds, q, {s.b, s.h_kv, rows, s.e});
   check_sizes("dz", dz, q, {s.b, s.h_kv, rows});
   check_saved(saved, s);
-  s.saved = saved.has_value();
+  s.saved = saved.has_value(), s.gates = log_g.has_value();
   auto gradient = [&](const Maybe &x) { return x ? make_like(*x) : make(q, {0}, ScalarType::Float); };
   Tensor dq = make_like(q), dk = make_like(k), dv = make_like(v), dlog_g = gradient(log_g), ds0 = gradient(s0), dz0 = gradient(z0);
   const Tensor q_used = attention ? tileable(q) : q, k_used = attention ? tileable(k) : k, v_used = attention ? tileable(v) : v;

@@ -26,7 +26,7 @@ class Shape(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("b", "t", "t_kv", "h_q", "h_kv", "d", "e", "chunk_size")),
         ("scale", ctypes.c_double),
-        *((name, ctypes.c_int32) for name in ("deg", "form", "dtype", "causal", "normalize", "saved")),
+        *((name, ctypes.c_int32) for name in ("deg", "form", "dtype", "causal", "normalize", "saved", "gates")),
     )
 
 

@@ -69,9 +69,16 @@ WIDE = (  # one slot of everything, one stage of keys, two warpgroups for the sa
     Shape("f16 d256 large", t=4096, d=256, e=256, dtype="float16", std=8.0, h_q=1, h_kv=1),
     Shape("f16 d256 not causal", t=300, t_kv=500, d=256, e=256, dtype="float16", causal=False, h_q=4, h_kv=2),
 )
-ONE_PASS = (  # bfloat16, degree 2, causal, heads over 64, no gates, from 4096 tokens on: the backward pass in one pass
+ONE_PASS = (  # bfloat16, degree 2, causal, no gates: the backward pass in one pass, from t = 8192, heads over 64 from 4096
+    Shape("one pass d64", t=8192),
+    Shape("one pass d64 gqa odd", t=8229, h_q=2, h_kv=1),
+    Shape("one pass d64 odd tiles", t=8257, d=40, e=24, h_q=1, h_kv=1),
+    Shape("one pass d64 not normalized", t=8193, h_q=1, h_kv=1, normalize=False, scale=-0.3),
+    Shape("one pass d64 zero scale", t=8192, h_q=1, h_kv=1, scale=0.0),
+    Shape("one pass d64 tiny q", t=8192, h_q=1, h_kv=1, std=1e-15),
+    Shape("one pass d64 huge q", t=8192, h_q=1, h_kv=1, std=1e6),
     Shape("one pass", t=4096, d=128, e=128, h_q=5, h_kv=5),
-    Shape("one pass, late heads alone", t=4096, d=128, e=128, h_q=1, h_kv=1),
+    Shape("one pass, one head", t=4096, d=128, e=128, h_q=1, h_kv=1),
     Shape("one pass gqa odd", t=4133, d=128, e=128, b=2, h_q=4, h_kv=2),
     Shape("one pass odd tiles", t=4161, d=96, e=72, h_q=3, h_kv=3),
     Shape("one pass not normalized", t=4097, d=128, e=128, normalize=False, scale=-0.3),

@@ -20,7 +20,7 @@ class Array(ctypes.Structure):
 class Shape(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int64) for n in ("b", "t", "t_kv", "h_q", "h_kv", "d", "e", "chunk_size")]
     _fields_ += [("scale", ctypes.c_double)]
-    _fields_ += [(n, ctypes.c_int32) for n in ("deg", "form", "dtype", "causal", "normalize", "saved")]
+    _fields_ += [(n, ctypes.c_int32) for n in ("deg", "form", "dtype", "causal", "normalize", "saved", "gates")]
 
 
 NAMES = "q k v log_g s0 z0 y norm s z dy ds dz dq dk dv dlog_g ds0 dz0 saved".split()

@@ -9,10 +9,11 @@
 
 namespace power::attention {
 
-/* Where one pass is faster than the two kernels (d = 128, b·t = 16384): t = 4096 1.49 ms against 1.57, at t = 2048 0.90 against 0.88. */
+/* Where one pass is faster than the two kernels. b·t = 16384, both passes: d = 128, t = 4096 1.96 ms against 2.05, 8192 3.62 against 3.80;
+ * d = 64, 4096 2.11 against 2.05, 8192 3.77 against 3.87, 16384 7.4 against 8.1. */
 bool one_pass(const PowerAttentionShape &s) {
-  const int64_t size = std::max(s.d, s.e);
-  return s.dtype == POWER_BFLOAT16 && s.deg == 2 && s.causal && size > 64 && size <= 128 && s.t >= 4096;
+  const int64_t size = std::max(s.d, s.e), least = size <= 64 ? 8192 : 4096;
+  return s.dtype == POWER_BFLOAT16 && s.deg == 2 && s.causal && !s.gates && size <= 128 && s.t >= least;
 }
 
 namespace {
@@ -53,6 +54,7 @@ int32_t run(const PowerAttentionShape *shape, const PowerAttentionArrays *arrays
   if (s.b == 0 || s.h_q == 0 || (s.t == 0 && (s.t_kv == 0 || !backward))) return POWER_OK;
   if (x.s0.data || x.z0.data || x.s.data || x.z.data || x.ds.data || x.dz.data || x.ds0.data || x.dz0.data)
     return power_fail(POWER_UNSUPPORTED, "states: the attention form has none; use the chunked form");
+  if (s.gates != (x.log_g.data != nullptr)) return power_fail(POWER_INVALID, "gates: the shape says %d, log_g otherwise", s.gates);
   if (x.log_g.data && !s.causal) return power_fail(POWER_INVALID, "log_g: gates need causal");
   if (bytes < workspace_bytes(s, backward) || reinterpret_cast<uintptr_t>(workspace) % 256)
     return power_fail(POWER_WORKSPACE, "workspace: %lld bytes, aligned to 256, are needed",

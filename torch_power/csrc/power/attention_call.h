@@ -25,9 +25,8 @@ int32_t launch_forward(const Call &call);
 template <typename T, int kD>
 int32_t launch_backward(const Call &call);
 
-
 /* Backward in one pass, for calls that `one_pass` names. */
 bool one_pass(const PowerAttentionShape &shape);
-int32_t launch_backward_all(const Call &call);
+int32_t launch_one_pass(const Call &call);
 
 }  // namespace power::attention

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention_backward_all.cuh"
+#include "attention_backward_kv.cuh"
 #include "attention_call.h"
 #include "attention_forward.cuh"
 #include "attention_prepare.cuh"
@@ -31,16 +31,18 @@ struct Workspace {
       at += (size + 255) / 256 * 256;
       return offset;
     };
-    const int64_t row_tiles = (s.t + kRows - 1) / kRows;
-    counters = take(2 * sizeof(int));
-    gates = take(s.b * s.h_kv * gate_records(s) * int64_t(sizeof(GateRecord)));
-    maxima = take(2 * s.b * (s.h_q + s.h_kv) * int64_t(sizeof(float)));
-    records = take(backward ? s.b * s.h_q * row_tiles * int64_t(sizeof(GatedQueryRecord)) : 0);
-    row_sum = take(backward ? s.b * s.h_q * s.t * int64_t(sizeof(float)) : 0);
-    column_sum = take(backward ? s.b * s.h_kv * s.t_kv * int64_t(sizeof(float)) : 0);
+    const int64_t size = std::max(s.d, s.e), row_tiles = (s.t + kRows - 1) / kRows;
+    const bool gated = s.gates || always_gated(int(size)), half = s.dtype == POWER_FLOAT16;
+    const int64_t record = gated ? sizeof(GatedQueryRecord) : sizeof(QueryRecord);
+    counters = take(kCounters * sizeof(int));
+    gates = take(gated ? s.b * s.h_kv * gate_records(s) * int64_t(sizeof(GateRecord)) : 0);
+    maxima = take(half ? 2 * s.b * (s.h_q + s.h_kv) * int64_t(sizeof(float)) : 0);
+    records = take(backward ? s.b * s.h_q * row_tiles * record : 0);
+    row_sum = take(backward && gated ? s.b * s.h_q * s.t * int64_t(sizeof(float)) : 0);
+    column_sum = take(backward && gated ? s.b * s.h_kv * s.t_kv * int64_t(sizeof(float)) : 0);
     const bool all = backward && one_pass(s);
     turns = take(all ? s.b * s.h_q * row_tiles * int64_t(sizeof(int)) : 0);
-    sums = take(all ? s.b * s.h_q * row_tiles * int64_t(kBackwardGroups * kHalfTile * sizeof(float)) : 0);
+    sums = take(all ? s.b * s.h_q * row_tiles * int64_t(kRows * (size <= 64 ? 64 : 128) * sizeof(float)) : 0);
     bytes = at;
   }
 };
@@ -91,6 +93,23 @@ int32_t launch_persistent(const Call &call, const char *what, void (*kernel)(Par
   return after_launch(what);
 }
 
+/* Launches a kernel whose blocks, at most one a multiprocessor, wait for each other: all run at the same time, or the launch fails. */
+template <typename Smem, typename... Parameters, typename... Arguments>
+int32_t launch_together(const Call &call, const char *what, void (*kernel)(Parameters...), int blocks, int threads,
+                        const Arguments &...arguments) {
+  static_assert(sizeof(Smem) <= 232448, "shared memory of a multiprocessor");
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = sizeof(Smem), config.stream = call.stream;
+  config.attrs = &together, config.numAttrs = 1;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Smem)) == cudaSuccess)
+    cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  return after_launch(what);
+}
+
 inline Problem make_problem(const Call &call, const Workspace &at, bool half) {
   const PowerAttentionShape &s = call.shape;
   Problem p = {};
@@ -112,7 +131,7 @@ inline Problem make_problem(const Call &call, const Workspace &at, bool half) {
 /* Counters at 0, gate records, and for float16 the largest row norms, in the workspace. */
 inline int32_t prepare(const Call &call, const Workspace &at, const Problem &p, bool half, bool backward) {
   const PowerAttentionShape &s = call.shape;
-  cudaMemsetAsync(call.workspace + at.counters, 0, 2 * sizeof(int), call.stream);
+  cudaMemsetAsync(call.workspace + at.counters, 0, kCounters * sizeof(int), call.stream);
   if (p.gate_records && (call.gates() || always_gated(int(std::max(s.d, s.e))))) {
     const PowerArray &g = call.arrays.log_g;
     sum_gates_kernel<<<unsigned(s.b * s.h_kv), 256, 0, call.stream>>>(static_cast<const float *>(g.data), g.stride[0], g.stride[1],
@@ -176,8 +195,8 @@ int32_t launch_forward(const Call &call) {
 
 template <typename T, int kD>
 int32_t launch_backward(const Call &call) {
-  if constexpr (!is_half<T> && kD == 128)
-    if (one_pass(call.shape) && !call.gates()) return launch_backward_all(call);
+  if constexpr (!is_half<T> && kD <= 128)
+    if (one_pass(call.shape)) return launch_one_pass(call);
   const PowerAttentionShape &s = call.shape;
   const PowerAttentionArrays &x = call.arrays;
   const Workspace at(s, true);

@@ -5,6 +5,21 @@
 
 namespace power::attention {
 
+constexpr int kCounters = 2;  // of dealt items: one for each kernel of a call
+
+/* An array [b, t, h, x] whose last axis is contiguous. */
+template <typename T>
+struct Rows {
+  T *data;
+  int64_t stride[3];
+  int size;
+  /* Columns 8·piece … 8·piece + 7 of a row; zeros past the end of it. */
+  __device__ __forceinline__ uint4 load(int batch, int row, int head, int piece) const {
+    if (8 * piece >= size) return make_uint4(0, 0, 0, 0);
+    return *reinterpret_cast<const uint4 *>(data + batch * stride[0] + row * stride[1] + head * stride[2] + 8 * piece);
+  }
+};
+
 constexpr double kLog2E = 1.4426950408889634;
 
 /* Exclusive sum of x over the lanes below this one, and through `total` the sum over the warp; float64, one order. */
@@ -124,6 +139,56 @@ static __global__ void __launch_bounds__(256) max_norm_kernel(const __half *x, i
   }
   most = fmaxf(most, __shfl_xor_sync(~0u, most, 16));
   if ((threadIdx.x & 31) == 0) atomicMax(reinterpret_cast<int *>(largest + blockIdx.y), __float_as_int(sqrtf(most)));
+}
+
+/* α and δ of 64 queries of one head, whose sums have had no additions yet. kD / 8 threads a row; q's factors are those of `normalize_rows`. */
+template <typename T, int kD, int kDeg>
+__global__ void __launch_bounds__(256, 2) prepare_queries_kernel(const Rows<const T> q, const Rows<const T> y, const Rows<const T> dy,
+                                                              const Problem p, QueryRecord *records, int *turns) {
+  constexpr int kThreads = kD / 8, kRound = 256 / kThreads, kRounds = kRows / kRound;
+  const int row_tiles = (p.t_q + kRows - 1) / kRows, head_and_batch = blockIdx.x / row_tiles, tile = blockIdx.x % row_tiles;
+  const int batch = head_and_batch / p.h_q, head = head_and_batch % p.h_q, piece = threadIdx.x % kThreads;
+  uint4 x[kRounds][3];
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) {
+    const int row = tile * kRows + i * kRound + threadIdx.x / kThreads;
+    x[i][0] = x[i][1] = x[i][2] = make_uint4(0, 0, 0, 0);
+    if (row < p.t_q) x[i][0] = q.load(batch, row, head, piece), x[i][2] = dy.load(batch, row, head, piece);
+    if (row < p.t_q && p.normalize) x[i][1] = y.load(batch, row, head, piece);
+  }
+  float size[kRounds], delta[kRounds];
+  bool rescaled = false;
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) {
+    const uint32_t a[4] = {x[i][0].x, x[i][0].y, x[i][0].z, x[i][0].w}, b[4] = {x[i][1].x, x[i][1].y, x[i][1].z, x[i][1].w};
+    const uint32_t c[4] = {x[i][2].x, x[i][2].y, x[i][2].z, x[i][2].w};
+    size[i] = delta[i] = 0.f;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 f = Pair<T>::unpack(a[j]), u = Pair<T>::unpack(b[j]), w = Pair<T>::unpack(c[j]);
+      size[i] = fmaxf(size[i], fmaxf(fabsf(f.x), fabsf(f.y)));
+      delta[i] += u.x * w.x + u.y * w.y;
+    }
+#pragma unroll
+    for (int offset = kThreads / 2; offset; offset /= 2) {
+      size[i] = fmaxf(size[i], __shfl_xor_sync(~0u, size[i], offset));
+      delta[i] += __shfl_xor_sync(~0u, delta[i], offset);
+    }
+    rescaled = rescaled || (size[i] > 0.f && !(size[i] >= kSmallRow && size[i] < kLargeRow));
+  }
+  rescaled = __syncthreads_or(rescaled);
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) {
+    const int in_tile = i * kRound + threadIdx.x / kThreads, row = tile * kRows + in_tile;
+    float alpha = 0.f;
+    if (row < p.t_q && !p.zero) {
+      const float norm = p.normalize ? p.norm[batch * p.norm_stride[0] + row * p.norm_stride[1] + head * p.norm_stride[2]] : 1.f;
+      alpha = p.normalize ? (rescaled ? row_factor<T>(size[i]) : 1.f) * inverse_root<kDeg>(norm) : 1.f;
+    }
+    float *pair = &records[blockIdx.x].alpha_delta[in_tile >> 1].x + (in_tile & 1);
+    if (piece == 0) pair[0] = alpha, pair[2] = alpha * delta[i];
+  }
+  if (threadIdx.x == 0) turns[blockIdx.x] = 0;
 }
 
 }  // namespace power::attention

@@ -84,34 +84,6 @@ int32_t launch_backward_tiles(const Call &call) {
   return keys_status;
 }
 
-/* The timetable of the one-pass kernel that takes the fewest steps. A visit is a step; a key block costs kItem more (its keys to come, its
- * gradients to leave). Of equals the one with most lanes, as a round reads all queries once, but no more than kLanes: t = 16384, d = 64 full
- * 10.7 ms with 16, 10.9 with 32, 11.0 with 64, 11.7 with 8. */
-inline Timetable make_timetable(const Call &call) {
-  const PowerSdpaShape &s = call.shape;
-  Timetable best = {};
-  best.heads = int(s.b * s.h_kv), best.sharing = int(s.h_q / s.h_kv), best.causal = s.causal != POWER_FULL;
-  best.key_blocks = int((s.t_kv + kKeyBlock - 1) / kKeyBlock), best.tiles = int((s.t_q + kRows - 1) / kRows);
-  constexpr int kItem = 2, kLanes = 32;
-  int64_t least = INT64_MAX;
-  for (int lanes = 1; lanes <= std::min(best.key_blocks, call.multiprocessors); ++lanes) {
-    Timetable t = best;
-    t.lanes = lanes, t.teams = std::min(call.multiprocessors / lanes, t.heads), t.rounds = (t.key_blocks + lanes - 1) / lanes;
-    const int64_t heads = (t.heads + t.teams - 1) / t.teams;  // of a team
-    int64_t steps = 0;
-    for (int round = 0; round < t.rounds; ++round) {
-      const int first = round * lanes, last = std::min(t.key_blocks, first + lanes) - 1;
-      const int seen = t.causal ? std::max(t.tiles - (first + last) * kSpacing / 2, 0) : t.tiles;
-      steps += int64_t(seen) * t.sharing + kItem;
-    }
-    steps *= heads;
-    if (t.causal && heads % 2) steps += int64_t(lanes - 1) * t.sharing * ((t.rounds + 1) / 2);
-    t.spacing = std::min<int64_t>(kSpacing, int64_t(t.tiles) * t.sharing / lanes);
-    if (steps < least || (steps == least && lanes <= kLanes)) least = steps, best = t;
-  }
-  return best;
-}
-
 /* Whether the one-pass kernel serves the call. Every query has to see a key, so that every sum is written. */
 template <int kD>
 bool takes_one_pass(const Call &call) {
@@ -126,7 +98,7 @@ int32_t launch_one_pass(const Call &call) {
   constexpr bool kHalf = is_half<T>;
   OnePassProblem p = {};
   static_cast<Problem &>(p) = make_problem(call);
-  p.table = make_timetable(call);
+  p.table = make_timetable(s.b * s.h_kv, s.h_q / s.h_kv, s.t_q, s.t_kv, s.causal != POWER_FULL, call.multiprocessors);
   p.scale = float(s.scale), p.d = int(s.d);
   p.records = reinterpret_cast<QueryRecord *>(call.workspace + at.records);
   p.sums = reinterpret_cast<float *>(call.workspace + at.sums);
@@ -134,21 +106,17 @@ int32_t launch_one_pass(const Call &call) {
   p.dk = x.dk.data, p.dv = x.dv.data;
   std::copy_n(x.dk.stride, 3, p.dk_stride);
   std::copy_n(x.dv.stride, 3, p.dv_stride);
-  RowArrays rows = {x.out.data, x.dout.data, x.dq.data, {}, {}, {}};
+  RowArrays rows = {x.out.data, x.dout.data, {}, {}};
   std::copy_n(x.out.stride, 3, rows.y_stride);
   std::copy_n(x.dout.stride, 3, rows.dy_stride);
-  std::copy_n(x.dq.stride, 3, rows.dq_stride);
-  CUtensorMap q, k, v, dy;
+  CUtensorMap q, k, v, dy, dq;
   if (!make_map(&q, x.q, s.b, s.h_q, s.t_q, s.d, kRows, kHalf) || !make_map(&dy, x.dout, s.b, s.h_q, s.t_q, s.e, kRows, kHalf) ||
-      !make_map(&k, x.k, s.b, s.h_kv, s.t_kv, s.d, kRows, kHalf) || !make_map(&v, x.v, s.b, s.h_kv, s.t_kv, s.e, kRows, kHalf))
+      !make_map(&k, x.k, s.b, s.h_kv, s.t_kv, s.d, kRows, kHalf) || !make_map(&v, x.v, s.b, s.h_kv, s.t_kv, s.e, kRows, kHalf) ||
+      !make_map(&dq, x.dq, s.b, s.h_q, s.t_q, s.d, kRows, kHalf))
     return power_fail(POWER_INVALID, kNoMap);
-  const unsigned tiles = unsigned(s.b * s.h_q * p.table.tiles);
-  prepare_kernel<T, kD><<<tiles, 256, 0, call.stream>>>(p, rows);
-  const int32_t status = launch_together<BackwardSmem<T, kD>>(call, "sdpa: backward", backward_kernel<T, kD>, p.table.lanes * p.table.teams,
-                                                              kBackwardThreads, q, k, v, dy, p);
-  if (status) return status;
-  finish_kernel<T, kD><<<tiles, kWarpgroup, 0, call.stream>>>(p, rows);
-  return after_launch("sdpa: backward, rounding of dq");
+  prepare_kernel<T, kD><<<unsigned(s.b * s.h_q * p.table.tiles), 256, 0, call.stream>>>(p, rows);
+  return launch_together<BackwardSmem<T, kD>>(call, "sdpa: backward", backward_kernel<T, kD>, p.table.lanes * p.table.teams, kBackwardThreads,
+                                              q, k, v, dy, dq, p);
 }
 
 template <typename T, int kD>
