@@ -18,13 +18,15 @@ namespace power {
 struct GradientKVParams {
   Sizes z;
   View k, v, dk, dv;
-  const __half *q, *dy, *states, *moments; /* states: of the gradient */
+  const __half *q, *dy, *moments; /* moments, states: of the state gradient */
+  StateStore states;
   const int *state_units, *moment_units;
   Gates gates;
   RowFactors rows;
   Maxima maxima;
   float2 *column; /* ½ <k, dk> per key-value head and token: all of it, and what comes through the state */
-  int has_state, normalize;
+  int first_chunk, chunks; /* of this launch */
+  int has_state;
 };
 
 template <int PADDED_D, int PADDED_E>
@@ -38,21 +40,20 @@ struct GradientKVTiles {
 };
 
 /* From s~ (rows j, columns i) and <v^, D>: P/den 2^P_SHIFT and ds~ 2^DS_SHIFT as A fragments. `row_factors` hold 2^P_SHIFT and, off the diagonal, the
- * decay from j to the query tile; columns, COLUMNS of the query tile from first_column on, bring h_i 2^(tile_prefix_i) and ΔD_i from shared
+ * decay from j to the query tile; columns, COLUMNS of the query tile from first_column on, bring h_i 2^(tile_prefix_i) and ΔD_i TO_DS from shared
  * memory. On the diagonal γ is one exponential. */
 template <bool DIAGONAL, int COLUMNS>
 __device__ __forceinline__ void key_gradients(const float (&s)[COLUMNS / 2], const float (&dp)[COLUMNS / 2], uint32_t (&weights)[COLUMNS / 16][4],
                                               uint32_t (&ds)[COLUMNS / 16][4], const float (&row_factors)[2], const float (&row_prefix)[2],
                                               const float *tile_prefix, const float *tile_h, uint32_t column_factors, int first_column,
-                                              float delta_factor, const Lane &at) {
-  constexpr float TO_DS = 2.f * (1 << DS_SHIFT) / (1 << P_SHIFT);
+                                              const Lane &at) {
   const int row = at.warp * 16 + at.group;
 #pragma unroll
   for (int n = 0; n < COLUMNS / 8; n++) {
     const int column = first_column + 8 * n + 2 * at.quad;
     const uint2 h_bits = load_shared_64(column_factors + column * 4), delta_bits = load_shared_64(column_factors + 256 + column * 4);
     float2 h = make_float2(__uint_as_float(h_bits.x), __uint_as_float(h_bits.y)), prefix = make_float2(0.f, 0.f);
-    const float delta_x = __uint_as_float(delta_bits.x) * delta_factor, delta_y = __uint_as_float(delta_bits.y) * delta_factor;
+    const float delta_x = __uint_as_float(delta_bits.x), delta_y = __uint_as_float(delta_bits.y);
     if constexpr (DIAGONAL) {
       h = *reinterpret_cast<const float2 *>(tile_h + column);
       prefix = *reinterpret_cast<const float2 *>(tile_prefix + column);
@@ -67,7 +68,7 @@ __device__ __forceinline__ void key_gradients(const float (&s)[COLUMNS / 2], con
       }
       weights[n / 2][(n % 2) * 2 + r] = Pair<__half>::pack(x * s[i], y * s[i + 1]);
       uint32_t &pair = ds[n / 2][(n % 2) * 2 + r];
-      pair = Pair<__half>::pack(x * (dp[i] * TO_DS - delta_x * TO_DS), y * (dp[i + 1] * TO_DS - delta_y * TO_DS));
+      pair = Pair<__half>::pack(x * (dp[i] * TO_DS - delta_x), y * (dp[i + 1] * TO_DS - delta_y));
       if constexpr (DIAGONAL) pair = saturate(pair);
     }
   }
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(threads(GradientKVTiles<PADDED_D, PADDED_E>::G
   const uint32_t slots_smem = stages_smem + T::STAGES * T::STAGE_BYTES;
   const Ring<T::STAGES> ring{slots_smem + T::SLOTS_BYTES};
 
-  const RowBlock block(p.z, blockIdx.x, T::ROWS, false);
+  const RowBlock block(p.z, blockIdx.x, T::ROWS, false, p.first_chunk, p.chunks);
   if (block.empty) return;
   const int heads = p.z.b * p.z.h_kv, group = __shfl_sync(~0u, int(threadIdx.x) >> 7, 0);
   if (threadIdx.x == 0) {
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(threads(GradientKVTiles<PADDED_D, PADDED_E>::G
       if (chunk < p.z.chunks - 1 || p.has_state) {
         const __half *moments = p.moments + int64_t(chunk * heads + kv) * D_TILES * D_TILES * 4096;
         for (int i = 0; i < D_TILES; i++) fill(moments + i * D_TILES * 4096, D_TILES * TILE_BYTES);
-        load_pairs<PADDED_E>(p.states + int64_t(chunk * heads + kv) * p.z.pairs * E_TILES * 4096, p.z.pairs, fill);
+        load_pairs<PADDED_E>(p.states.at(p.z, chunk, kv, int64_t(p.z.pairs) * E_TILES * 4096), p.z.pairs, fill);
       }
       for (int member = 0; member < p.z.group; member++) {
         const int64_t q_tile = int64_t(kv * p.z.group + member) * p.z.tiles + chunk * p.z.chunk_tiles;
@@ -241,7 +242,6 @@ __global__ void __launch_bounds__(threads(GradientKVTiles<PADDED_D, PADDED_E>::G
 
     /* Inside the chunk. */
     {
-      const float delta_factor = p.normalize ? power_of_two(dy_exponent) * power_of_two(v_exponent) : 0.f;
       float reach[2];
       const uint64_t k_a = matrix_descriptor(k_rows), v_a = matrix_descriptor(v_rows);
       auto attend_tile = [&](auto diagonal_constant, int64_t q_tile, int tile) {
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(threads(GradientKVTiles<PADDED_D, PADDED_E>::G
           pin(s);
           pin(dp);
           key_gradients<DIAGONAL, COLUMNS>(s, dp, weights, ds, reach, row_prefix, p.gates.tile_prefix + (k_tile + tile) * TILE,
-                                           p.rows.h + (q_tile + tile) * TILE, factors, column, delta_factor, lane);
+                                           p.rows.h + (q_tile + tile) * TILE, factors, column, lane);
           pin(weights);
           pin(ds);
           pin(dk);

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(threads(GradientQTiles<PADDED_D, PADDED_E>::GR
   const Ring<T::STAGES> ring{slots_smem + T::SLOTS_BYTES};
   const uint32_t rows_full = ring.barriers + Ring<T::STAGES>::BYTES;
 
-  const RowBlock block(p.z, blockIdx.x, T::ROWS, true);
+  const RowBlock block(p.z, blockIdx.x, T::ROWS, true, 0, p.z.chunks);
   if (block.empty) return;
   const int heads = p.z.b * p.z.h_kv, group = __shfl_sync(~0u, int(threadIdx.x) >> 7, 0);
   if (threadIdx.x == 0) {
@@ -308,7 +308,8 @@ __global__ void __launch_bounds__(threads(GradientQTiles<PADDED_D, PADDED_E>::GR
       const float exact = delta[r] + 0.5f * products[r] / (1 << DS_SHIFT);
       const float state_row = 0.5f * state_part[r] / (1 << DS_SHIFT) - (p.normalize ? (exact - first_delta[r]) * state_mass[r] : 0.f);
       if (lane.quad == 0) {
-        p.rows.delta[q_row + 8 * r] = exact * power_of_two(-dy_exponent) * power_of_two(-v_exponent);
+        p.rows.delta[q_row + 8 * r] = p.normalize ? exact * TO_DS : 0.f;
+        if (!p.normalize) p.rows.row_part[q_row + 8 * r] = exact * power_of_two(-dy_exponent) * power_of_two(-v_exponent);
         p.rows.state_part[q_row + 8 * r] = state_row * power_of_two(-dy_exponent) * power_of_two(-v_exponent);
         if (p.normalize) /* below 2^16 but for w near its bound */
           p.moment_weights[(q_tile + own_tile) * TILE + token_position(row + 8 * r)] =

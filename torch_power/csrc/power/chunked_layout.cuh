@@ -63,6 +63,21 @@ inline Sizes make_sizes(const PowerAttentionShape &s) {
   return z;
 }
 
+/* States, or state gradients, of the chunks: [chunk][head] in one array. Those of the chunks from `first_lent` on may be in what will be dk and dv of the
+ * chunks before, two contiguous arrays [batch, time, head, feature]: of each batch element, as many whole states as fit one and then the other. */
+struct StateStore {
+  __half *states;
+  int first_lent = 1 << 30;
+  __half *lent[2] = {};
+  int64_t batch[2] = {}, fit[2] = {}; /* elements from one batch element to the next; states that fit one */
+  __host__ __device__ __forceinline__ __half *at(const Sizes &z, int chunk, int head, int64_t size) const {
+    if (chunk < first_lent) return states + (int64_t(chunk) * z.b * z.h_kv + head) * size;
+    const int64_t number = int64_t(chunk - first_lent) * z.h_kv + head % z.h_kv;
+    const int second = number >= fit[0];
+    return lent[second] + head / z.h_kv * batch[second] + (number - (second ? fit[0] : 0)) * size;
+  }
+};
+
 /* Largest magnitudes, as float bits (ordered like unsigned integers), per key-value head. */
 struct Maxima {
   unsigned *k, *v, *dy, *s, *z;
@@ -169,14 +184,14 @@ __device__ __forceinline__ float quad_sum(float x) {
 struct RowBlock {
   int chunk, first_tile, head; /* first_tile: within the chunk */
   bool empty;
-  /* `later_first`: rows late in a chunk meet most (queries); otherwise early ones do (keys). */
-  __device__ __forceinline__ RowBlock(const Sizes &z, int item, int rows, bool later_first) {
-    const int blocks = z.chunk / rows, order = item / z.chunks % blocks;
-    chunk = item % z.chunks, head = item / (z.chunks * blocks);
+  /* `later_first`: rows late in a chunk meet most (queries); otherwise early ones do (keys). Of `chunks` chunks from `first_chunk` on. */
+  __device__ __forceinline__ RowBlock(const Sizes &z, int item, int rows, bool later_first, int first_chunk, int chunks) {
+    const int blocks = z.chunk / rows, order = item / chunks % blocks;
+    chunk = first_chunk + item % chunks, head = item / (chunks * blocks);
     first_tile = (later_first ? blocks - 1 - order : order) * (rows / TILE);
     empty = chunk * z.chunk + first_tile * TILE >= z.t;
   }
-  static __host__ __device__ int count(const Sizes &z, int heads, int rows) { return z.chunks * (z.chunk / rows) * heads; }
+  static int count(const Sizes &z, int heads, int rows, int chunks) { return chunks * (z.chunk / rows) * heads; }
 };
 
 /* A value that is the same in all lanes, which the compiler then knows: descriptors made from it need no moves to uniform registers. */

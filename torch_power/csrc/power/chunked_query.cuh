@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(threads(QueryTiles<PADDED_D, PADDED_E>::GROUPS
   float *unscale = reinterpret_cast<float *>(smem_raw + (ring.barriers + Ring<T::STAGES>::BYTES - smem_address(smem_raw))); /* 2^−a of every row */
   float *lifts = unscale + T::ROWS;
 
-  const RowBlock block(p.z, blockIdx.x, T::ROWS, true);
+  const RowBlock block(p.z, blockIdx.x, T::ROWS, true, 0, p.z.chunks);
   if (block.empty) return;
   const int heads = p.z.b * p.z.h_kv, group = __shfl_sync(~0u, int(threadIdx.x) >> 7, 0);
   if (threadIdx.x == 0) {

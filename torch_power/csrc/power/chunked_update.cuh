@@ -31,7 +31,8 @@ struct UpdateParams {
   int group, reverse;
   const float *chunk_sum, *weight; /* [state head][chunk]; [head of x][chunk][weight_parts], to be added up */
   int weight_parts;
-  __half *states, *moments;
+  StateStore states;
+  __half *moments;
   int *state_units, *moment_units; /* [chunk][state head] */
   const float *s_in, *z_in;        /* public layout: the first state, or null */
   float *s_out, *z_out;            /* public layout: the last state, or null */
@@ -52,14 +53,15 @@ __device__ __forceinline__ void state_exponents(const UpdateParams &p, int head,
   }
 }
 
-/* A ring whose slots are ready for consumers when they have arrived and their features have been weighed, by one warp. */
+/* A ring whose slots are ready for consumers when they have arrived and their features have been weighed, by one warp, which hands a slot back to
+ * its own block's producer as well. (Consumers wait for that warp, so the order is there without it, but by way of two barriers.) */
 template <int STAGES>
 struct FeatureRing : PairRing<STAGES> {
   using PairRing<STAGES>::PairRing;
   static constexpr int BYTES = Ring<STAGES>::BYTES + STAGES * 8;
   __device__ __forceinline__ uint32_t weighed(int slot) const { return this->barriers + Ring<STAGES>::BYTES + slot * 8; }
   __device__ __forceinline__ void init(int consumers) const {
-    PairRing<STAGES>::init(consumers);
+    Ring<STAGES>::init(2 * consumers + 1);
     for (int slot = 0; slot < STAGES; slot++) mbarrier_init(weighed(slot), ARRIVALS_A_WARP);
   }
   __device__ __forceinline__ void wait_for_copies(const RingPosition<STAGES> &at) const { PairRing<STAGES>::wait(at); }
@@ -191,7 +193,7 @@ __device__ __forceinline__ void weigh_features(const UpdateParams &p, const Feat
       store_shared_32(slot + to + i * T::WEIGHTED_BYTES + 128, Pair<__half>::pack(x.y * w, next_x.y * next_w));
     }
     __syncwarp();
-    if (ARRIVALS_A_WARP == 32 || lane == 0) mbarrier_arrive(ring.weighed(at.slot));
+    if (ARRIVALS_A_WARP == 32 || lane == 0) mbarrier_arrive(ring.weighed(at.slot)), mbarrier_arrive(ring.empty(at.slot));
     at.advance();
   }
 }
@@ -262,7 +264,7 @@ __device__ __forceinline__ void update_slices(const UpdateParams &p, const Featu
         const int unit = state_unit(bound, p.state_bits);
         if (writes_units && (threadIdx.x & 127) == 0) p.state_units[chunk * heads + head] = unit;
         const float factor = power_of_two(-unit);
-        __half *states = p.states + int64_t(chunk * heads + head) * p.z.pairs * 64 * PADDED_E + row * 8 + lane.quad * 2;
+        __half *states = p.states.at(p.z, chunk, head, int64_t(p.z.pairs) * 64 * PADDED_E) + row * 8 + lane.quad * 2;
         each_slice([&](auto &slice, int j, int b) {
           pin(slice);
           __half *tile = states + (j * (j + 1) / 2 * 8 + b) * (8 * PADDED_E);
