@@ -33,13 +33,13 @@ void check(cudaError_t error) {
 float uniform() { return float(rand()) / RAND_MAX * 2.f - 1.f; }
 
 template <typename T>
-PowerArray make(const int64_t (&size)[4], int dtype, bool filled, float low = -1.f) {
+PowerArray make(const int64_t (&size)[4], int dtype, bool filled, float largest = 1.f) {
   const int64_t count = size[0] * size[1] * size[2] * size[3];
   PowerArray a = {nullptr, {size[1] * size[2] * size[3], size[2] * size[3], size[3], 1}, dtype};
   check(cudaMalloc(&a.data, count * sizeof(T)));
   if (!filled) return a;
   std::vector<T> host(count);
-  for (T &x : host) x = T(low < 0.f ? uniform() : low * fabsf(uniform()));
+  for (T &x : host) x = T(largest * uniform());
   check(cudaMemcpy(a.data, host.data(), count * sizeof(T), cudaMemcpyHostToDevice));
   return a;
 }
@@ -68,7 +68,7 @@ int main(int count, char **words) {
   PowerAttentionShape s = {1, t, t, h_q, h_kv, d, d, 1, 1. / sqrt(double(d)), 2, POWER_CHUNKED, POWER_BFLOAT16, 1, !has("sum"), saved};
   PowerAttentionArrays a = {};
   const auto array = [&](int64_t heads, bool filled) { return make<Half>({1, t, heads, d}, POWER_BFLOAT16, filled); };
-  const auto floats = [&](int64_t x, int64_t y, int64_t z, bool filled) { return make<float>({1, x, y, z}, POWER_FLOAT32, filled); };
+  const auto floats = [&](int64_t x, int64_t y, int64_t z, bool filled) { return make<float>({1, x, y, z}, POWER_FLOAT32, filled, 1e-3f); }; /* normalisers stay positive */
   a.q = array(h_q, true), a.k = array(h_kv, true), a.v = array(h_kv, true), a.dy = array(h_q, true);
   a.y = array(h_q, false), a.dq = array(h_q, false), a.dk = array(h_kv, false), a.dv = array(h_kv, false);
   a.norm = make<float>({1, 1, t, h_q}, POWER_FLOAT32, false);

@@ -36,7 +36,6 @@ struct GradientKVTiles {
   static constexpr int ROWS_BYTES = GROUPS * (D_TILES + E_TILES) * TILE_BYTES, SLOTS_BYTES = GROUPS * Contraction<PADDED_D>::BYTES;
   static constexpr int STAGES = STAGE_BYTES > 24576 + 1024 ? 2 : STAGE_BYTES > 17408 ? 4 : 6;
   static constexpr int SMEM_BYTES = 1024 + ROWS_BYTES + STAGES * STAGE_BYTES + SLOTS_BYTES + Ring<STAGES>::BYTES;
-  static constexpr int SETS = D_TILES + E_TILES > 2 || GROUPS > 2 ? 1 : 2; /* of contract_pairs */
 };
 
 /* From s~ (rows j, columns i) and <v^, D>: P/den 2^P_SHIFT and ds~ 2^DS_SHIFT as A fragments. `row_factors` hold 2^P_SHIFT and, off the diagonal, the
@@ -107,7 +106,7 @@ __global__ void __launch_bounds__(threads(GradientKVTiles<PADDED_D, PADDED_E>::G
       if (chunk < p.z.chunks - 1 || p.has_state) {
         const __half *moments = p.moments + int64_t(chunk * heads + kv) * D_TILES * D_TILES * 4096;
         for (int i = 0; i < D_TILES; i++) fill(moments + i * D_TILES * 4096, D_TILES * TILE_BYTES);
-        load_pairs<PADDED_E>(p.states.at(p.z, chunk, kv, int64_t(p.z.pairs) * E_TILES * 4096), p.z.pairs, fill);
+        load_pairs<1, PADDED_E>(p.states.at(p.z, chunk, kv / p.z.h_kv, kv % p.z.h_kv, int64_t(p.z.pairs) * E_TILES * 4096), p.z.pairs, fill);
       }
       for (int member = 0; member < p.z.group; member++) {
         const int64_t q_tile = int64_t(kv * p.z.group + member) * p.z.tiles + chunk * p.z.chunk_tiles;
@@ -155,8 +154,7 @@ __global__ void __launch_bounds__(threads(GradientKVTiles<PADDED_D, PADDED_E>::G
     named_barrier_sync(CONSUMER + group, 128); /* all 64 of them */
 
     if (has_state) {
-      float *slots = reinterpret_cast<float *>(smem_raw + (slots_smem - smem_address(smem_raw)) + group * Contraction<PADDED_D>::BYTES);
-      Contraction<PADDED_D> contraction{k_rows, slots, p.z.feature_tiles};
+      Contraction<PADDED_D> contraction(k_rows, slots_smem + group * Contraction<PADDED_D>::BYTES, p.z.feature_tiles, lane);
       const int state_unit = p.state_units[chunk * heads + kv], moment_unit = p.moment_units[chunk * heads + kv];
       {
         uint32_t a[D_TILES][4][4];
@@ -182,40 +180,32 @@ __global__ void __launch_bounds__(threads(GradientKVTiles<PADDED_D, PADDED_E>::G
 #pragma unroll
         for (int n = 0; n < PADDED_D / 8; n++)
 #pragma unroll
-          for (int r = 0; r < 2; r++) contraction.slot(lane, r, n) = make_float2(dk[4 * n + 2 * r] * unit, dk[4 * n + 2 * r + 1] * unit);
+          for (int r = 0; r < 2; r++) contraction.set_slot(r, n, make_float2(dk[4 * n + 2 * r] * unit, dk[4 * n + 2 * r + 1] * unit));
       }
-      constexpr int SETS = T::SETS;
-      uint32_t a[SETS][4][4];
-      float u[SETS][32];
+      uint32_t fragments[4][4];
+      float u[1][32];
       RowOperand<E_TILES> v(v_rows, lane);
-      contraction.load_j(lane);
-      PairWalk next; /* the pair whose products start next */
-      RingPosition<T::STAGES> done = at;
-      contract_pairs<SETS, 1>(
+      contraction.load_j();
+      contract_pairs<1, 1>(
           p.z.pairs, contraction, u, lane,
-          [&](auto half) {
-            uint32_t(&fragments)[4][4] = a[half.value];
+          [&](auto) {
             ring.wait(at);
             const StateTile<PADDED_E> state{stages_smem + at.slot * T::STAGE_BYTES};
-            /* The last of an odd number of pairs comes twice, the second time for nothing. */
-            expand_queries<4>(fragments, k_rows + (next.i / 8) * TILE_BYTES + swizzled(row, next.i % 8) + lane.quad * 4,
-                              k_rows + (next.j / 8) * TILE_BYTES + swizzled(row, next.j % 8), next.j < p.z.feature_tiles ? ~0u : 0u);
-            next.advance();
-            pin(u[half.value]);
+            expand_queries<4>(fragments, contraction.i_piece(), contraction.j_piece());
+            pin(u[0]);
             pin(fragments);
             v.hold();
             pin(dv);
             wgmma_fence();
-            v.times_state(u[half.value], state.smem);
+            v.times_state(u[0], state.smem);
             wgmma_commit();
 #pragma unroll
             for (int s = 0; s < 4; s++) Wgmma<PADDED_E, __half>::template rs<K_MAJOR>(dv, fragments[s], state.features(s), 1);
             wgmma_commit();
-            at.advance();
           },
           [&] {
-            ring.release(done.slot);
-            done.advance();
+            ring.release(at.slot);
+            at.advance();
           });
       pin(dv);
 #pragma unroll
@@ -224,7 +214,7 @@ __global__ void __launch_bounds__(threads(GradientKVTiles<PADDED_D, PADDED_E>::G
         const float k_factor = factor * float(1 << DS_SHIFT), v_factor = factor * float(1 << P_SHIFT);
 #pragma unroll
         for (int n = 0; n < PADDED_D / 8; n++) {
-          const float2 dx = contraction.slot(lane, r, n);
+          const float2 dx = contraction.slot(r, n);
           dk[4 * n + 2 * r] = dx.x * k_factor, dk[4 * n + 2 * r + 1] = dx.y * k_factor;
         }
 #pragma unroll

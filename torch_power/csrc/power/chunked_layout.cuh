@@ -70,11 +70,11 @@ struct StateStore {
   int first_lent = 1 << 30;
   __half *lent[2] = {};
   int64_t batch[2] = {}, fit[2] = {}; /* elements from one batch element to the next; states that fit one */
-  __host__ __device__ __forceinline__ __half *at(const Sizes &z, int chunk, int head, int64_t size) const {
-    if (chunk < first_lent) return states + (int64_t(chunk) * z.b * z.h_kv + head) * size;
-    const int64_t number = int64_t(chunk - first_lent) * z.h_kv + head % z.h_kv;
-    const int second = number >= fit[0];
-    return lent[second] + head / z.h_kv * batch[second] + (number - (second ? fit[0] : 0)) * size;
+  /* Of head `own` of batch element `element`. */
+  __device__ __forceinline__ __half *at(const Sizes &z, int chunk, int element, int own, int64_t size) const {
+    if (chunk < first_lent) return states + ((int64_t(chunk) * z.b + element) * z.h_kv + own) * size;
+    const int64_t number = int64_t(chunk - first_lent) * z.h_kv + own;
+    return number < fit[0] ? lent[0] + element * batch[0] + number * size : lent[1] + element * batch[1] + (number - fit[0]) * size;
   }
 };
 
@@ -196,6 +196,14 @@ struct RowBlock {
 
 /* A value that is the same in all lanes, which the compiler then knows: descriptors made from it need no moves to uniform registers. */
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
+
+/* Address of 16-byte piece `piece` of a staged row, from that of its first piece (swizzle included): one instruction where rows have 64 columns. */
+template <int COLUMN_TILES>
+__device__ __forceinline__ uint32_t row_piece(uint32_t row, int piece) {
+  return COLUMN_TILES == 1 ? row ^ piece * 16 : (row ^ piece % 8 * 16) + piece / 8 * TILE_BYTES;
+}
+/* Keeps an address in its register: worked out anew from the thread's number in every loop, it is a dozen instructions and a slow one. */
+__device__ __forceinline__ void keep(uint32_t &address) { asm volatile("" : "+r"(address)); }
 
 /* Where a thread sits in its warpgroup's fragments. */
 struct Lane {

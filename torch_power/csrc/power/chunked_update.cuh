@@ -90,15 +90,28 @@ struct UpdateTiles {
   static int blocks(int heads) { return heads * BLOCKS_A_HEAD + (heads + 2 * MOMENT_HEADS - 1) / (2 * MOMENT_HEADS) * 2; }
 };
 
-/* Decay of a chunk, and the bound of what its tokens add (the same in every lane). */
-__device__ __forceinline__ float2 chunk_factors(const UpdateParams &p, int head, int chunk, int lane) {
-  float weight = 0.f;
-  for (int member = 0; member < p.group; member++)
-    for (int i = lane; i < p.weight_parts; i += 32) weight += p.weight[(int64_t(head * p.group + member) * p.z.chunks + chunk) * p.weight_parts + i];
+/* A chunk's decay and the bound of what its tokens add, in two steps: `ChunkTerms` starts the loads, which take a thousand cycles; `factors` is what uses
+ * them (adding up behind the loads what each lane holds made every chunk wait for them). */
+struct ChunkTerms {
+  float sum, weight; /* weight: this lane's part */
+  __device__ __forceinline__ ChunkTerms(const UpdateParams &p, int head, int chunk, int lane) {
+    sum = p.chunk_sum[head * p.z.chunks + chunk], weight = 0.f;
+    const float *parts = p.weight + (int64_t(head) * p.group * p.z.chunks + chunk) * p.weight_parts + lane;
+    if (lane < p.weight_parts) weight = parts[0];
+#pragma unroll 1
+    for (int member = 0; member < p.group; member++, parts += int64_t(p.z.chunks) * p.weight_parts)
+#pragma unroll 1
+      for (int first = member == 0 ? 32 : 0; first < p.weight_parts; first += 32) /* as often in every lane, or the warp counts as split */
+        if (first + lane < p.weight_parts) weight += parts[first];
+  }
+  /* Decay, bound: the same in every lane. */
+  __device__ __forceinline__ float2 factors() const {
+    float total = weight;
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) weight += __shfl_xor_sync(~0u, weight, offset);
-  return make_float2(exp2f(p.chunk_sum[head * p.z.chunks + chunk]), weight);
-}
+    for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+    return make_float2(exp2f(sum), total);
+  }
+};
 
 /* The scan over chunks, the same for both kinds of block: `store(chunk, bound)` before a chunk, `decay(factor)` of the accumulators, `accumulate(slot,
  * part, undrained)` per tile, `part` of TILES_A_STEP, which releases the slot of the tile before when its products have ended. Returns the decay over all chunks. */
@@ -107,14 +120,15 @@ __device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring &
                                              Store store, Decay decay, Accumulate accumulate) {
   RingPosition<STAGES> at;
   float total_decay = 1.f;
-  float2 factors = chunk_factors(p, head, p.reverse ? p.z.chunks - 1 : 0, lane);
+  ChunkTerms terms(p, head, p.reverse ? p.z.chunks - 1 : 0, lane);
 #pragma unroll 1
   for (int step = 0; step < p.z.chunks; step++) {
     const int chunk = p.reverse ? p.z.chunks - 1 - step : step;
+    const float2 factors = terms.factors();
     if (step > 0 || has_first) store(chunk, bound);
     bound = bound * factors.x + factors.y, total_decay *= factors.x;
     decay(factors.x);
-    if (step + 1 < p.z.chunks) factors = chunk_factors(p, head, p.reverse ? chunk - 1 : chunk + 1, lane); /* arrives during the tiles */
+    if (step + 1 < p.z.chunks) terms = ChunkTerms(p, head, p.reverse ? chunk - 1 : chunk + 1, lane);
     int undrained = -1;
 #pragma unroll 1
     for (int tile = 0; tile < p.group * p.z.chunk_tiles; tile += TILES_A_STEP) {
@@ -216,7 +230,8 @@ __device__ __forceinline__ void update_slices(const UpdateParams &p, const Featu
   using T = UpdateTiles<PADDED_D, PADDED_E>;
   constexpr int BETAS = T::BETAS;
   const Lane lane;
-  const int heads = p.z.b * p.z.h_kv, row = y_tile * 64 + lane.warp * 16 + lane.group; /* of yᵀ, and row + 8 */
+  const int heads = p.z.b * p.z.h_kv, element = head / p.z.h_kv, own = head % p.z.h_kv;
+  const int row = y_tile * 64 + lane.warp * 16 + lane.group; /* of yᵀ, and row + 8 */
   float high[BETAS][HIGH_COLUMNS / 2], low[BETAS][LOW_COLUMNS / 2];
   uint32_t y[4][4], a[2][T::GROUP][4][4];
 
@@ -264,7 +279,7 @@ __device__ __forceinline__ void update_slices(const UpdateParams &p, const Featu
         const int unit = state_unit(bound, p.state_bits);
         if (writes_units && (threadIdx.x & 127) == 0) p.state_units[chunk * heads + head] = unit;
         const float factor = power_of_two(-unit);
-        __half *states = p.states.at(p.z, chunk, head, int64_t(p.z.pairs) * 64 * PADDED_E) + row * 8 + lane.quad * 2;
+        __half *states = p.states.at(p.z, chunk, element, own, int64_t(p.z.pairs) * 64 * PADDED_E) + row * 8 + lane.quad * 2;
         each_slice([&](auto &slice, int j, int b) {
           pin(slice);
           __half *tile = states + (j * (j + 1) / 2 * 8 + b) * (8 * PADDED_E);
