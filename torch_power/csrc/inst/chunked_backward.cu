@@ -45,6 +45,11 @@ struct BackwardWorkspace {
   }
 };
 
+/* Whether a gradient of k or v is one piece of memory that bulk copies can read. */
+bool whole(const PowerArray &x, int64_t heads, int64_t size) {
+  return x.stride[3] == 1 && (heads == 1 || x.stride[2] == size) && x.stride[1] == heads * size && (reinterpret_cast<uintptr_t>(x.data) & 15) == 0;
+}
+
 template <typename In>
 cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a, const Sizes &z, const BackwardWorkspace &w, cudaStream_t stream) {
   const int64_t heads = int64_t(z.b) * z.h_kv, q_heads = int64_t(z.b) * z.h_q;
@@ -83,7 +88,7 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
     if (cudaError_t error = cudaGetLastError()) return error;
   }
   if (z.chunks > 1 || ds != nullptr || a.ds0.data != nullptr) {
-    const UpdateParams update{z, w.q, w.dy, w.rows.state_weight, w.moment_weights, z.group, 1, x.gates.chunk_sum, w.rows.tile_weight, z.chunk_tiles,
+    const UpdateParams update{z, w.q, w.dy, w.rows.state_weight, w.moment_weights, z.group, 1, z.chunks - (a.ds0.data == nullptr), x.gates.chunk_sum, w.rows.tile_weight, z.chunk_tiles,
                               states, w.gradient_moments, w.state_units, w.moment_units, ds, dz, floats(a.ds0), floats(a.dz0), maxima,
                               2 * Q_RANGE + DY_RANGE + 1, 2 * Q_RANGE + 7, STATE_GRADIENT_SHIFT};
     if (cudaError_t error = update_state(update, stream)) return error;
@@ -119,6 +124,8 @@ int32_t power_chunked_backward_sm90(const PowerAttentionShape *shape, const Powe
   if (const char *why = unsupported(*shape)) return power_fail(POWER_UNSUPPORTED, "%s", why);
   const Sizes z = make_sizes(*shape);
   if (const char *why = invalid(*shape, *arrays)) return power_fail(POWER_INVALID, "%s", why);
+  if (!whole(arrays->dk, z.h_kv, z.d) || !whole(arrays->dv, z.h_kv, z.e))
+    return power_fail(POWER_INVALID, "dk, dv: they lend their memory, and have to be contiguous and aligned to 16");
   const BackwardWorkspace w(workspace, arrays->saved.data, *shape, z);
   if (workspace_bytes < w.arena.used() || (reinterpret_cast<uintptr_t>(workspace) & 255))
     return power_fail(POWER_WORKSPACE, "workspace: %lld bytes, %lld needed, aligned to 256", (long long)workspace_bytes, (long long)w.arena.used());

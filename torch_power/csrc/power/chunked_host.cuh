@@ -141,7 +141,7 @@ inline cudaError_t update_state(const UpdateParams &p, cudaStream_t stream) {
 /* The states before every chunk, from staged keys and values. */
 inline UpdateParams forward_update(const Sizes &z, const Saved &x, const __half *k, const __half *v, const __half *moment_weights, const float *s0,
                                    const float *z0, float *s, float *z_last) {
-  return UpdateParams{z, k, v, x.gates.chunk_decay, moment_weights, 1, 0, x.gates.chunk_sum, x.gates.chunk_weight, 1, StateStore{x.states}, x.moments, x.state_units,
+  return UpdateParams{z, k, v, x.gates.chunk_decay, moment_weights, 1, 0, z.chunks - (s == nullptr), x.gates.chunk_sum, x.gates.chunk_weight, 1, StateStore{x.states}, x.moments, x.state_units,
                       x.moment_units, s0, z0, s, z_last, x.forward_maxima(int64_t(z.b) * z.h_kv), 2 * K_RANGE + V_RANGE + 1, 2 * K_RANGE, 0};
 }
 

@@ -29,6 +29,7 @@ struct UpdateParams {
   const float *token_weights;   /* w per head of x and token */
   const __half *moment_weights; /* per head of x and token, in token_order: w, backward −w dy^·y^ */
   int group, reverse;
+  int summed;                      /* chunks whose tokens are added up: all but the last one if nobody asks for the state behind it */
   const float *chunk_sum, *weight; /* [state head][chunk]; [head of x][chunk][weight_parts], to be added up */
   int weight_parts;
   StateStore states;
@@ -126,9 +127,10 @@ __device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring &
     const int chunk = p.reverse ? p.z.chunks - 1 - step : step;
     const float2 factors = terms.factors();
     if (step > 0 || has_first) store(chunk, bound);
+    if (step == p.summed) break;
     bound = bound * factors.x + factors.y, total_decay *= factors.x;
     decay(factors.x);
-    if (step + 1 < p.z.chunks) terms = ChunkTerms(p, head, p.reverse ? chunk - 1 : chunk + 1, lane);
+    if (step + 1 < p.summed) terms = ChunkTerms(p, head, p.reverse ? chunk - 1 : chunk + 1, lane);
     int undrained = -1;
 #pragma unroll 1
     for (int tile = 0; tile < p.group * p.z.chunk_tiles; tile += TILES_A_STEP) {
@@ -163,7 +165,7 @@ __device__ __forceinline__ void load_tiles(const UpdateParams &p, const Ring &ri
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) total += __shfl_xor_sync(~0u, total, distance);
   RingPosition<STAGES> at;
-  for (int step = 0; step < p.z.chunks; step++) {
+  for (int step = 0; step < p.summed; step++) {
     const int chunk = p.reverse ? p.z.chunks - 1 - step : step;
     for (int member = 0; member < p.group; member++) {
       const int64_t first_tile = int64_t(head * p.group + member) * p.z.tiles + chunk * p.z.chunk_tiles;
@@ -193,7 +195,7 @@ __device__ __forceinline__ void weigh_features(const UpdateParams &p, const Feat
   const auto next_word = [&](int j) { return (j / 8) * TILE_BYTES + swizzled(token + 1, j % 8) + first_beta * 2; };
   const uint32_t from[2][2] = {{word(j_high), next_word(j_high)}, {word(j_low), next_word(j_low)}};
   RingPosition<T::STAGES> at;
-  const int tiles = p.z.chunks * p.group * p.z.chunk_tiles;
+  const int tiles = p.summed * p.group * p.z.chunk_tiles;
 #pragma unroll 1
   for (int tile = 0; tile < tiles; tile++) {
     ring.wait_for_copies(at);
