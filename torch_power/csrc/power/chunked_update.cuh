@@ -8,7 +8,8 @@
  *   A (registers): yᵀ, loaded once a tile by a transposing ldmatrix, times x[·, 8J + β] · w token by token
  *   B (shared memory): columns 0 … 8J + 7 of the x tile, MN-major.
  * The last blocks keep the normaliser's moments Σ w x xᵀ instead, a warpgroup 64 rows of one head's.
- * Two blocks of a head make a cluster: each loads half of an x and a y tile into both, which halves what L2 has to give.
+ * Two blocks of a head make a cluster: each loads half of an x and a y tile into both, which halves what L2 has to give. (In a build for racecheck each
+ * loads all of its own: the tool does not follow copies into two blocks, and reports what else the slot's barrier waits for.)
  * Shared memory: a ring of [x rows | y rows | four feature rows x[·, 8J + β] · w | w], in the last blocks [x rows and token weights of a head or two]. The
  * feature rows are written by a second warp of the loading warpgroup once x and w have arrived: as tiles in memory they were 67 MB to write.
  * Cycles a 64-token tile at d = e = 64: products 288; shared memory 144 (B) + 128 (yᵀ twice) + 32 + 132 (arriving) = 436. (A = φ in registers and
@@ -54,15 +55,15 @@ __device__ __forceinline__ void state_exponents(const UpdateParams &p, int head,
   }
 }
 
-/* A ring whose slots are ready for consumers when they have arrived and their features have been weighed, by one warp, which hands a slot back to
- * its own block's producer as well. (Consumers wait for that warp, so the order is there without it, but by way of two barriers.) */
+/* A ring whose slots are ready for consumers when they have arrived and their features have been weighed, by one warp. That warp need not hand a slot
+ * back: consumers wait for it before they do. */
 template <int STAGES>
 struct FeatureRing : PairRing<STAGES> {
   using PairRing<STAGES>::PairRing;
   static constexpr int BYTES = Ring<STAGES>::BYTES + STAGES * 8;
   __device__ __forceinline__ uint32_t weighed(int slot) const { return this->barriers + Ring<STAGES>::BYTES + slot * 8; }
   __device__ __forceinline__ void init(int consumers) const {
-    Ring<STAGES>::init(2 * consumers + 1);
+    PairRing<STAGES>::init(consumers);
     for (int slot = 0; slot < STAGES; slot++) mbarrier_init(weighed(slot), ARRIVALS_A_WARP);
   }
   __device__ __forceinline__ void wait_for_copies(const RingPosition<STAGES> &at) const { PairRing<STAGES>::wait(at); }
@@ -121,16 +122,15 @@ __device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring &
                                              Store store, Decay decay, Accumulate accumulate) {
   RingPosition<STAGES> at;
   float total_decay = 1.f;
-  ChunkTerms terms(p, head, p.reverse ? p.z.chunks - 1 : 0, lane);
+  float2 factors = ChunkTerms(p, head, p.reverse ? p.z.chunks - 1 : 0, lane).factors();
 #pragma unroll 1
   for (int step = 0; step < p.z.chunks; step++) {
     const int chunk = p.reverse ? p.z.chunks - 1 - step : step;
-    const float2 factors = terms.factors();
     if (step > 0 || has_first) store(chunk, bound);
     if (step == p.summed) break;
     bound = bound * factors.x + factors.y, total_decay *= factors.x;
     decay(factors.x);
-    if (step + 1 < p.summed) terms = ChunkTerms(p, head, p.reverse ? chunk - 1 : chunk + 1, lane);
+    const ChunkTerms next(p, head, step + 1 == p.summed ? chunk : p.reverse ? chunk - 1 : chunk + 1, lane);
     int undrained = -1;
 #pragma unroll 1
     for (int tile = 0; tile < p.group * p.z.chunk_tiles; tile += TILES_A_STEP) {
@@ -142,6 +142,7 @@ __device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring &
         at.advance();
       }
     }
+    factors = next.factors(); /* while the last products run */
     wgmma_wait<0>();
     ring.release(undrained);
   }
@@ -209,7 +210,7 @@ __device__ __forceinline__ void weigh_features(const UpdateParams &p, const Feat
       store_shared_32(slot + to + i * T::WEIGHTED_BYTES + 128, Pair<__half>::pack(x.y * w, next_x.y * next_w));
     }
     __syncwarp();
-    if (ARRIVALS_A_WARP == 32 || lane == 0) mbarrier_arrive(ring.weighed(at.slot)), mbarrier_arrive(ring.empty(at.slot));
+    if (ARRIVALS_A_WARP == 32 || lane == 0) mbarrier_arrive(ring.weighed(at.slot));
     at.advance();
   }
 }
@@ -454,9 +455,10 @@ __global__ void __cluster_dims__(2) __launch_bounds__(UPDATE_THREADS, 1) update_
       TileCopy copy;
       int head = blockIdx.x / T::BLOCKS_A_HEAD;
       if (moment_block < 0) {
-        const uint32_t half = cluster_rank();
-        if (lane == 0) copy = {p.rows + half * (D_BYTES / 4), D_BYTES, half * (D_BYTES / 2), D_BYTES / 2, true};
-        if (lane == 1) copy = {p.values + half * (E_BYTES / 4), E_BYTES, D_BYTES + half * (E_BYTES / 2), E_BYTES / 2, true};
+        constexpr uint32_t PARTS = ARRIVALS_A_WARP == 32 ? 1 : 2;
+        const uint32_t part = PARTS == 1 ? 0 : cluster_rank();
+        if (lane == 0) copy = {p.rows + part * (D_BYTES / 4), D_BYTES, part * (D_BYTES / 2), D_BYTES / PARTS, PARTS == 2};
+        if (lane == 1) copy = {p.values + part * (E_BYTES / 4), E_BYTES, D_BYTES + part * (E_BYTES / 2), E_BYTES / PARTS, PARTS == 2};
         if (lane == 2) copy = {p.token_weights, TILE * 4, T::WEIGHTS_AT, TILE * 4, false};
         load_tiles<T::STAGES, T::STAGE_BYTES>(p, feature_ring, stages_smem, head, copy);
       } else {
