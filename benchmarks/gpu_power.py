@@ -60,14 +60,23 @@ def contestants() -> dict[str, gpu.Contestant]:
     return table
 
 
+def chunk_length(name: str, t: int, d: int) -> int:
+    """Tokens of a chunk: retention's as it is called here, the CUDA kernels' as csrc/power/tiles.h has them for e = d."""
+    if name == "retention":
+        return min(1024, t)
+    if d <= 64:
+        return 768
+    return next(length for length, below in ((256, 257), (512, 1025), (1024, 16384), (4096, t + 1)) if t < below)
+
+
 def operations(name: str, b: int, t: int, d: int) -> tuple[float, float]:
     """Floating-point operations of forward and of both passes.
 
     Attention: two causal products forward, five more backward. Chunked: two products with a state forward, four more
-    backward; inside chunks of 1024 tokens, two and five.
+    backward; inside a chunk, two and five.
     """
     product = float(b * HEADS * t**2 * d)
-    state, inside = 2.0 * b * t * HEADS * spec.state_rows(d, 2) * d, 1024.0 * b * t * HEADS * d
+    state, inside = 2.0 * b * t * HEADS * spec.state_rows(d, 2) * d, float(chunk_length(name, t, d)) * b * t * HEADS * d
     attention, chunked = (2 * product, 7 * product), (2 * state + 2 * inside, 6 * state + 7 * inside)
     if name in ("power", "eager"):
         return min(attention, chunked)

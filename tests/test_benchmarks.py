@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
 import pathlib
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -307,6 +310,26 @@ def test_gpu_power_covers_what_is_asked(torch):
     assert (
         chunked == gpu_power.operations("power", 1, 65536, 64)[1] < attention
     )  # 36 products of 64 rows against 65536 / 2 keys
+
+
+def test_gpu_power_counts_the_chunks_that_kernels_take(torch, tmp_path):
+    """Against csrc/power/tiles.h, compiled for the host."""
+    from benchmarks import gpu_power
+
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    tiles = pathlib.Path(gpu_power.__file__).parent.parent / "torch_power/csrc/power/tiles.h"
+    source, library = tmp_path / "tiles.cpp", tmp_path / "tiles.so"
+    call = 'extern "C" int length(long long t, int d) { return power::chunk_length(t, d, d); }'
+    source.write_text(f'#include "{tiles}"\n{call}\n')
+    subprocess.run([compiler, "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    length = ctypes.CDLL(str(library)).length
+    length.argtypes = [ctypes.c_longlong, ctypes.c_int]
+    for t in (1, 256, 257, 1024, 1025, 16383, 16384, 1048576):
+        for d in (64, 128):
+            assert gpu_power.chunk_length("power chunked", t, d) == length(t, d)
+    assert gpu_power.chunk_length("retention", 65536, 64) == 1024
 
 
 def test_gpu_sdpa_says_why_a_bar_is_missed(torch):

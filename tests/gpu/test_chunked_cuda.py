@@ -102,9 +102,12 @@ def test_two_hundred_runs_give_equal_bits() -> None:
         assert_equal_bits(run(case, arrays), want)
 
 
-@pytest.mark.parametrize("changes", [{}, {"h_q": 4}, {"d": 96, "e": 64}, {"t": 2304}, {"normalize": False}], ids=str)
+LENDING = [{"t": 34000, "h_q": 8, "h_kv": 8}, {"b": 3, "t": 12000, "h_q": 8, "h_kv": 8}]
+
+
+@pytest.mark.parametrize("changes", [{}, {"h_q": 4}, {"d": 96, "e": 64}, {"t": 2304}, {"normalize": False}, *LENDING], ids=str)
 def test_saved_states_or_states_worked_out_again(changes: dict) -> None:
-    """Also where nothing is padded: t a multiple of the chunk."""
+    """Also where nothing is padded: t a multiple of the chunk; and where, with saved states, dk and dv lend memory."""
     case, arrays = random_case(**({"t": 2500, "initial_state": True, "return_state": True} | changes))
     assert_equal_bits(run(case, arrays, keep=False), run(case, arrays))
 

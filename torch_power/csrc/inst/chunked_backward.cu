@@ -14,22 +14,26 @@ struct BackwardWorkspace {
   unsigned *maxima; /* of dy, ds, dz */
   RowFactors rows;
   __half *q, *dy, *k, *v, *moment_weights, *k_moment_weights; /* the last without `saved` */
+  int first_lent; /* state gradients of the chunks from here on are in memory lent by dk and dv */
   __half *gradient_states, *gradient_moments;
   int *state_units, *moment_units;
   float2 *column;
   GateSums *gate_sums;
-  BackwardWorkspace(void *base, void *saved_base, bool has_saved, const Sizes &z)
-      : arena(base), saved_arena(saved_base), saved(has_saved ? saved_arena : arena, z) {
+  BackwardWorkspace(void *base, void *saved_base, const PowerAttentionShape &shape, const Sizes &z)
+      : arena(base), saved_arena(saved_base), saved(shape.saved ? saved_arena : arena, z) {
     const int64_t heads = int64_t(z.b) * z.h_kv, q_heads = int64_t(z.b) * z.h_q, tokens = q_heads * z.tokens;
     maxima = arena.take<unsigned>(3 * heads);
     rows.q_scale = arena.take<float>(tokens), rows.dy_scale = arena.take<float>(tokens), rows.h = arena.take<float>(tokens);
     rows.h_decayed = arena.take<float>(tokens), rows.delta = arena.take<float>(tokens), rows.state_weight = arena.take<float>(tokens);
+    rows.row_part = shape.normalize ? nullptr : arena.take<float>(tokens);
     rows.state_part = arena.take<float>(tokens), rows.tile_weight = arena.take<float>(q_heads * z.tiles);
     q = arena.take<__half>(staged_count(z, q_heads, z.padded_d)), dy = arena.take<__half>(staged_count(z, q_heads, z.padded_e));
-    moment_weights = arena.take<__half>(tokens), k_moment_weights = has_saved ? nullptr : arena.take<__half>(heads * z.tokens);
+    moment_weights = arena.take<__half>(tokens), k_moment_weights = shape.saved ? nullptr : arena.take<__half>(heads * z.tokens);
     const int64_t k_count = staged_count(z, heads, z.padded_d), v_count = staged_count(z, heads, z.padded_e);
-    if (has_saved) { /* staged keys and values have been read when the state gradient is written */
-      gradient_states = arena.take<__half>(std::max(states_count(z), k_count + v_count)), k = gradient_states, v = k == nullptr ? k : k + k_count;
+    first_lent = z.chunks;
+    if (shape.saved) { /* staged keys and values have been read when the state gradient is written */
+      first_lent = first_lent_chunk(z);
+      gradient_states = arena.take<__half>(std::max(states_count(z, first_lent), k_count + v_count)), k = gradient_states, v = k == nullptr ? k : k + k_count;
       gradient_moments = arena.take<__half>(moments_count(z));
       state_units = arena.take<int>(z.chunks * heads), moment_units = arena.take<int>(z.chunks * heads);
     } else { /* so have the states, which have to be worked out from them */
@@ -40,6 +44,11 @@ struct BackwardWorkspace {
     gate_sums = arena.take<GateSums>(heads * z.chunks);
   }
 };
+
+/* Whether a gradient of k or v is one piece of memory that bulk copies can read. */
+bool whole(const PowerArray &x, int64_t heads, int64_t size) {
+  return x.stride[3] == 1 && (heads == 1 || x.stride[2] == size) && x.stride[1] == heads * size && (reinterpret_cast<uintptr_t>(x.data) & 15) == 0;
+}
 
 template <typename In>
 cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a, const Sizes &z, const BackwardWorkspace &w, cudaStream_t stream) {
@@ -72,22 +81,28 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
   if (cudaError_t error = dispatch_sizes(z, [&](auto d, auto e) { return GradientLaunch<In, d.value, e.value>::q(gradient_q, stream); })) return error;
 
   const float *ds = floats(a.ds), *dz = floats(a.dz);
+  const StateStore states = w.first_lent < z.chunks ? lent_states(z, w.gradient_states, w.first_lent, a.dk, a.dv) : StateStore{w.gradient_states};
   const int64_t state_rows = int64_t(z.pairs) * 64;
   if (ds != nullptr) {
     measure_state_kernel<<<dim3(64, unsigned(heads)), MEASURE_THREADS, 0, stream>>>(ds, dz, state_rows, z.e, maxima);
     if (cudaError_t error = cudaGetLastError()) return error;
   }
   if (z.chunks > 1 || ds != nullptr || a.ds0.data != nullptr) {
-    const UpdateParams update{z, w.q, w.dy, w.rows.state_weight, w.moment_weights, z.group, 1, x.gates.chunk_sum, w.rows.tile_weight, z.chunk_tiles,
-                              w.gradient_states, w.gradient_moments, w.state_units, w.moment_units, ds, dz, floats(a.ds0), floats(a.dz0), maxima,
+    const UpdateParams update{z, w.q, w.dy, w.rows.state_weight, w.moment_weights, z.group, 1, z.chunks - (a.ds0.data == nullptr), x.gates.chunk_sum, w.rows.tile_weight, z.chunk_tiles,
+                              states, w.gradient_moments, w.state_units, w.moment_units, ds, dz, floats(a.ds0), floats(a.dz0), maxima,
                               2 * Q_RANGE + DY_RANGE + 1, 2 * Q_RANGE + 7, STATE_GRADIENT_SHIFT};
     if (cudaError_t error = update_state(update, stream)) return error;
   }
-  const GradientKVParams gradient_kv{z, make_view(a.k), make_view(a.v), make_view(a.dk), make_view(a.dv), w.q, w.dy, w.gradient_states,
-                                     w.gradient_moments, w.state_units, w.moment_units, x.gates, w.rows, maxima, w.column, ds != nullptr, normalize};
-  if (cudaError_t error = dispatch_sizes(z, [&](auto d, auto e) { return GradientLaunch<In, d.value, e.value>::kv(gradient_kv, stream); })) return error;
+  const auto gradient_kv = [&](int first, int chunks) {
+    const GradientKVParams p{z, make_view(a.k), make_view(a.v), make_view(a.dk), make_view(a.dv), w.q, w.dy, w.gradient_moments, states, w.state_units,
+                             w.moment_units, x.gates, w.rows, maxima, w.column, first, chunks, ds != nullptr};
+    return dispatch_sizes(z, [&](auto d, auto e) { return GradientLaunch<In, d.value, e.value>::kv(p, stream); });
+  };
+  if (w.first_lent < z.chunks) /* before the gradients of the chunks that lend them memory */
+    if (cudaError_t error = gradient_kv(w.first_lent, z.chunks - w.first_lent)) return error;
+  if (cudaError_t error = gradient_kv(0, w.first_lent)) return error;
   if (a.dlog_g.data != nullptr) {
-    const GateGradientParams gate{z, make_view(a.log_g), w.column, w.rows.delta, w.rows.state_part, normalize, s0, z0,
+    const GateGradientParams gate{z, make_view(a.log_g), w.column, w.rows.row_part, w.rows.state_part, normalize, s0, z0,
                                   floats(a.ds0), floats(a.dz0), w.gate_sums, ds == nullptr, floats(a.dlog_g),
                                   a.dlog_g.stride[0], a.dlog_g.stride[1], a.dlog_g.stride[2]};
     const dim3 grid(z.chunks, unsigned(heads));
@@ -101,7 +116,7 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
 
 int64_t power_chunked_backward_workspace_sm90(const PowerAttentionShape *shape, const void *) {
   if (const char *why = unsupported(*shape)) return power_fail(POWER_UNSUPPORTED, "%s", why), -1;
-  return BackwardWorkspace(nullptr, nullptr, shape->saved, make_sizes(*shape)).arena.used();
+  return BackwardWorkspace(nullptr, nullptr, *shape, make_sizes(*shape)).arena.used();
 }
 
 int32_t power_chunked_backward_sm90(const PowerAttentionShape *shape, const PowerAttentionArrays *arrays, void *workspace, int64_t workspace_bytes,
@@ -109,7 +124,9 @@ int32_t power_chunked_backward_sm90(const PowerAttentionShape *shape, const Powe
   if (const char *why = unsupported(*shape)) return power_fail(POWER_UNSUPPORTED, "%s", why);
   const Sizes z = make_sizes(*shape);
   if (const char *why = invalid(*shape, *arrays)) return power_fail(POWER_INVALID, "%s", why);
-  const BackwardWorkspace w(workspace, arrays->saved.data, shape->saved, z);
+  if (!whole(arrays->dk, z.h_kv, z.d) || !whole(arrays->dv, z.h_kv, z.e))
+    return power_fail(POWER_INVALID, "dk, dv: they lend their memory, and have to be contiguous and aligned to 16");
+  const BackwardWorkspace w(workspace, arrays->saved.data, *shape, z);
   if (workspace_bytes < w.arena.used() || (reinterpret_cast<uintptr_t>(workspace) & 255))
     return power_fail(POWER_WORKSPACE, "workspace: %lld bytes, %lld needed, aligned to 256", (long long)workspace_bytes, (long long)w.arena.used());
   const cudaError_t error =

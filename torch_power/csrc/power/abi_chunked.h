@@ -1,6 +1,7 @@
 /* Entry points of the chunked form of power attention, degree 2, on sm_90a. Conventions, shapes and arrays: ../abi.h.
  * dtype bfloat16 or float16; causal; d and e multiples of 8 up to 128. `chunk_size` is not read: any chunk length gives the same sums to
- * rounding, and the kernels take theirs from tiles.h. norm, dk, states and their gradients are contiguous. */
+ * rounding, and the kernels take theirs from tiles.h. norm, dk, dv, states and their gradients are contiguous, dk and dv aligned to 16: before they are
+ * written, the backward pass keeps state gradients in them. */
 #ifndef POWER_ABI_CHUNKED_H
 #define POWER_ABI_CHUNKED_H
 #include "../abi.h"

@@ -18,6 +18,8 @@ namespace power {
 /* C above; factors 2^x on ds~, on P / den and on the weights of the state gradient that centre them in float16's range:
  * at t = 65536 without gates P / den is 2^−16 and ds~ 2^−11. */
 constexpr int Q_SHIFT = 4, DS_SHIFT = 6, P_SHIFT = 10, W_SHIFT = 8;
+/* From s~ times the factors of P / den to ds~. */
+constexpr float TO_DS = 2.f * (1 << DS_SHIFT) / (1 << P_SHIFT);
 /* What a stored state gradient carries beside its unit: w is kept times 2^(2C + W_SHIFT). */
 constexpr int STATE_GRADIENT_SHIFT = 2 * Q_SHIFT + W_SHIFT;
 
@@ -27,8 +29,9 @@ struct RowFactors {
   float *dy_scale;      /* 1, or with normalize = 0 the row's factor on dy */
   float *h;             /* h above */
   float *h_decayed;     /* h · 2^(tile_prefix) */
-  float *delta;         /* <dy, y>, unscaled: of the gates and, normalised, of ΔD */
+  float *delta;         /* <dy, y>, unscaled; from gradient_q_kernel on ΔD · TO_DS, for gradient_kv_kernel */
   float *state_weight;  /* w · 2^STATE_GRADIENT_SHIFT */
+  float *row_part;      /* normalize = 0: <dy, y> as the sums of gradient_q_kernel have it, for the gates */
   float *state_part;    /* Σ P/den (<D, v^> − ΔD) through the state alone, in the units of <dy, y>: written by gradient_q_kernel */
   float *tile_weight;   /* [query head][tile]: bounds what a tile adds to the state gradient */
 };

@@ -12,19 +12,11 @@
 
 namespace power {
 
-/* Pairs in the order in which states are stored. */
-struct PairWalk {
-  int i = 0, j = 0;
-  __device__ __forceinline__ void advance() {
-    if (++i > j) i = 0, j++;
-  }
-};
-
-/* Producer: the state tiles of one head and chunk, an even number of them (the last twice if need be, so that consumers can alternate
- * between two accumulators without a condition). */
-template <int PADDED_E, class Fill>
+/* Producer: the state tiles of one head and chunk; for consumers with two sets (contract_pairs) an even number of them, the last twice if need be, so that
+ * they can alternate between two accumulators without a condition. */
+template <int SETS, int PADDED_E, class Fill>
 __device__ __forceinline__ void load_pairs(const __half *states, int pairs, Fill fill) {
-  for (int pair = 0; pair < (pairs + 1) / 2 * 2; pair++)
+  for (int pair = 0; pair < (pairs + SETS - 1) / SETS * SETS; pair++)
     fill(states + int64_t(min(pair, pairs - 1)) * 64 * PADDED_E, StateTile<PADDED_E>::BYTES);
 }
 
@@ -33,21 +25,35 @@ struct Contraction {
   static constexpr int PITCH = PADDED_D + 8; /* floats; 8 rows on different banks */
   static constexpr int BYTES = TILE * PITCH * 4;
 
-  uint32_t x_tile;   /* swizzled float16 rows of x */
-  float *slots;      /* this warpgroup's dx, [64][PITCH] */
   int feature_tiles;
-  PairWalk walk;     /* of the pair to be contracted next */
+  /* Of this thread's row of x, in swizzled float16: its first piece, and in that its pair of α; of dx, in float32: its slot of feature tile 0. */
+  uint32_t j_row, i_row, slot_row;
+  int i = 0, j = 0; /* the pair to be contracted next, in the order in which states are stored */
   float x_j[2][8], dx_j[2][8];
-  float2 x_i[2], dx_i[2]; /* fetched for the pair to be contracted next: features of tile I, and their slots */
+  float2 x_i[2], dx_i[2]; /* fetched for that pair: features of tile I, and their slots */
 
-  __device__ __forceinline__ float2 &slot(const Lane &at, int r, int tile) const {
-    return *reinterpret_cast<float2 *>(slots + (at.warp * 16 + at.group + 8 * r) * PITCH + tile * 8 + at.quad * 2);
+  /* `slots`: this warpgroup's dx, [64][PITCH]. */
+  __device__ __forceinline__ Contraction(uint32_t x_tile, uint32_t slots, int feature_tiles, const Lane &at) : feature_tiles(feature_tiles) {
+    const int row = at.warp * 16 + at.group;
+    j_row = x_tile + swizzled(row, 0), i_row = j_row + at.quad * 4, slot_row = slots + row * (PITCH * 4) + at.quad * 8;
+    keep(j_row), keep(i_row), keep(slot_row);
+  }
+  __device__ __forceinline__ uint32_t i_piece() const { return row_piece<PADDED_D / 64>(i_row, i); }
+  __device__ __forceinline__ uint32_t j_piece() const { return row_piece<PADDED_D / 64>(j_row, j); }
+
+  /* dx of row `r` (0, or 1 for eight on) and this thread's two columns of a feature tile. */
+  __device__ __forceinline__ float2 slot(int r, int tile) const {
+    const uint2 bits = load_shared_64(slot_row + r * (8 * PITCH * 4) + tile * 32);
+    return make_float2(__uint_as_float(bits.x), __uint_as_float(bits.y));
+  }
+  __device__ __forceinline__ void set_slot(int r, int tile, float2 dx) const {
+    store_shared_64(slot_row + r * (8 * PITCH * 4) + tile * 32, make_uint2(__float_as_uint(dx.x), __float_as_uint(dx.y)));
   }
 
-  __device__ __forceinline__ void load_j(const Lane &at) {
+  __device__ __forceinline__ void load_j() {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const uint4 x = load_shared_128(x_tile + (walk.j / 8) * TILE_BYTES + swizzled(at.warp * 16 + at.group + 8 * r, walk.j % 8));
+      const uint4 x = load_shared_128(j_piece() + r * 1024);
       const float2 a = Pair<__half>::unpack(x.x), b = Pair<__half>::unpack(x.y), c = Pair<__half>::unpack(x.z), d = Pair<__half>::unpack(x.w);
       x_j[r][0] = a.x, x_j[r][1] = a.y, x_j[r][2] = b.x, x_j[r][3] = b.y, x_j[r][4] = c.x, x_j[r][5] = c.y, x_j[r][6] = d.x, x_j[r][7] = d.y;
 #pragma unroll
@@ -71,15 +77,15 @@ struct Contraction {
         const float keep = odd ? four[2 + k] : four[k], give = odd ? four[k] : four[2 + k];
         two[k] = keep + __shfl_xor_sync(~0u, give, 1);
       }
-      float2 &dx = slot(at, r, walk.j);
-      dx = make_float2(dx.x + two[0], dx.y + two[1]);
+      const float2 dx = slot(r, j);
+      set_slot(r, j, make_float2(dx.x + two[0], dx.y + two[1]));
     }
   }
 
-  __device__ __forceinline__ void fetch(const Lane &at) {
-    const uint32_t rows = x_tile + (walk.i / 8) * TILE_BYTES + swizzled(at.warp * 16 + at.group, walk.i % 8) + at.quad * 4;
+  __device__ __forceinline__ void fetch() {
+    const uint32_t piece = i_piece();
 #pragma unroll
-    for (int r = 0; r < 2; r++) x_i[r] = Pair<__half>::unpack(load_shared_32(rows + r * 1024)), dx_i[r] = slot(at, r, walk.i);
+    for (int r = 0; r < 2; r++) x_i[r] = Pair<__half>::unpack(load_shared_32(piece + r * 1024)), dx_i[r] = slot(r, i);
   }
 
   /* Contracts one pair's U, what `fetch` brought being of that pair, and moves on. */
@@ -94,19 +100,19 @@ struct Contraction {
         dx_j[r][beta] = fmaf(u1, x.y, fmaf(u0, x.x, dx_j[r][beta])); /* two instructions; a sum of two products would be three */
         dx.x = fmaf(u0, x_j[r][beta], dx.x), dx.y = fmaf(u1, x_j[r][beta], dx.y);
       }
-      slot(at, r, walk.i) = dx;
+      set_slot(r, i, dx);
     }
-    if (walk.i == walk.j) {
+    if (i == j) {
       flush_j(at);
-      walk.advance();
-      if (walk.j < feature_tiles) load_j(at);
+      i = 0, j++;
+      if (j < feature_tiles) load_j();
     } else {
-      walk.advance();
+      i++;
     }
   }
 };
 
-/* Consumers: over an even number of pairs, `start(set)` begins and commits the products of the next pair, U in u[set]; when they have ended, `release()`
+/* Consumers: over the pairs that load_pairs brings, `start(set)` begins and commits the products of the next pair, U in u[set]; when they have ended, `release()`
  * frees the pair's slot and U is contracted. With two sets the first pair's U is used while the second's products run; the second's leave
  * the matrix unit to the other warpgroup, and what a contraction reads is fetched before its wait. U carried over the loop's end would hide that too,
  * but ptxas then serialises every product (warning C7514). Where registers are for one set, other warpgroups fill the matrix unit meanwhile. Of each start's
@@ -122,12 +128,12 @@ __device__ __forceinline__ void contract_pairs(int pairs, Contraction &contracti
   };
   if constexpr (SETS == 1) {
 #pragma unroll 1
-    for (int pair = 0; pair < (pairs + 1) / 2 * 2; pair++) {
+    for (int pair = 0; pair < pairs; pair++) {
       start(First{});
-      contraction.fetch(at);
+      contraction.fetch();
       wgmma_wait<BEHIND>();
       pin(u[0]);
-      if (pair < pairs) contraction.add(u[0], at);
+      contraction.add(u[0], at);
       if (BEHIND > 0) wgmma_wait<0>();
       release();
     }
@@ -136,10 +142,10 @@ __device__ __forceinline__ void contract_pairs(int pairs, Contraction &contracti
     for (int pair = 0; pair < pairs; pair += 2) {
       start(First{});
       start(Second{});
-      contraction.fetch(at);
+      contraction.fetch();
       wgmma_wait<1 + BEHIND>();
       finish(First{}, true);
-      contraction.fetch(at);
+      contraction.fetch();
       wgmma_wait<0>();
       finish(Second{}, pair + 1 < pairs);
     }

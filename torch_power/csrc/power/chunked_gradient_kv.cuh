@@ -18,13 +18,15 @@ namespace power {
 struct GradientKVParams {
   Sizes z;
   View k, v, dk, dv;
-  const __half *q, *dy, *states, *moments; /* states: of the gradient */
+  const __half *q, *dy, *moments; /* moments, states: of the state gradient */
+  StateStore states;
   const int *state_units, *moment_units;
   Gates gates;
   RowFactors rows;
   Maxima maxima;
   float2 *column; /* ½ <k, dk> per key-value head and token: all of it, and what comes through the state */
-  int has_state, normalize;
+  int first_chunk, chunks; /* of this launch */
+  int has_state;
 };
 
 template <int PADDED_D, int PADDED_E>
@@ -34,25 +36,23 @@ struct GradientKVTiles {
   static constexpr int ROWS_BYTES = GROUPS * (D_TILES + E_TILES) * TILE_BYTES, SLOTS_BYTES = GROUPS * Contraction<PADDED_D>::BYTES;
   static constexpr int STAGES = STAGE_BYTES > 24576 + 1024 ? 2 : STAGE_BYTES > 17408 ? 4 : 6;
   static constexpr int SMEM_BYTES = 1024 + ROWS_BYTES + STAGES * STAGE_BYTES + SLOTS_BYTES + Ring<STAGES>::BYTES;
-  static constexpr int SETS = D_TILES + E_TILES > 2 || GROUPS > 2 ? 1 : 2; /* of contract_pairs */
 };
 
 /* From s~ (rows j, columns i) and <v^, D>: P/den 2^P_SHIFT and ds~ 2^DS_SHIFT as A fragments. `row_factors` hold 2^P_SHIFT and, off the diagonal, the
- * decay from j to the query tile; columns, COLUMNS of the query tile from first_column on, bring h_i 2^(tile_prefix_i) and ΔD_i from shared
+ * decay from j to the query tile; columns, COLUMNS of the query tile from first_column on, bring h_i 2^(tile_prefix_i) and ΔD_i TO_DS from shared
  * memory. On the diagonal γ is one exponential. */
 template <bool DIAGONAL, int COLUMNS>
 __device__ __forceinline__ void key_gradients(const float (&s)[COLUMNS / 2], const float (&dp)[COLUMNS / 2], uint32_t (&weights)[COLUMNS / 16][4],
                                               uint32_t (&ds)[COLUMNS / 16][4], const float (&row_factors)[2], const float (&row_prefix)[2],
                                               const float *tile_prefix, const float *tile_h, uint32_t column_factors, int first_column,
-                                              float delta_factor, const Lane &at) {
-  constexpr float TO_DS = 2.f * (1 << DS_SHIFT) / (1 << P_SHIFT);
+                                              const Lane &at) {
   const int row = at.warp * 16 + at.group;
 #pragma unroll
   for (int n = 0; n < COLUMNS / 8; n++) {
     const int column = first_column + 8 * n + 2 * at.quad;
     const uint2 h_bits = load_shared_64(column_factors + column * 4), delta_bits = load_shared_64(column_factors + 256 + column * 4);
     float2 h = make_float2(__uint_as_float(h_bits.x), __uint_as_float(h_bits.y)), prefix = make_float2(0.f, 0.f);
-    const float delta_x = __uint_as_float(delta_bits.x) * delta_factor, delta_y = __uint_as_float(delta_bits.y) * delta_factor;
+    const float delta_x = __uint_as_float(delta_bits.x), delta_y = __uint_as_float(delta_bits.y);
     if constexpr (DIAGONAL) {
       h = *reinterpret_cast<const float2 *>(tile_h + column);
       prefix = *reinterpret_cast<const float2 *>(tile_prefix + column);
@@ -67,7 +67,7 @@ __device__ __forceinline__ void key_gradients(const float (&s)[COLUMNS / 2], con
       }
       weights[n / 2][(n % 2) * 2 + r] = Pair<__half>::pack(x * s[i], y * s[i + 1]);
       uint32_t &pair = ds[n / 2][(n % 2) * 2 + r];
-      pair = Pair<__half>::pack(x * (dp[i] * TO_DS - delta_x * TO_DS), y * (dp[i + 1] * TO_DS - delta_y * TO_DS));
+      pair = Pair<__half>::pack(x * (dp[i] * TO_DS - delta_x), y * (dp[i + 1] * TO_DS - delta_y));
       if constexpr (DIAGONAL) pair = saturate(pair);
     }
   }
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(threads(GradientKVTiles<PADDED_D, PADDED_E>::G
   const uint32_t slots_smem = stages_smem + T::STAGES * T::STAGE_BYTES;
   const Ring<T::STAGES> ring{slots_smem + T::SLOTS_BYTES};
 
-  const RowBlock block(p.z, blockIdx.x, T::ROWS, false);
+  const RowBlock block(p.z, blockIdx.x, T::ROWS, false, p.first_chunk, p.chunks);
   if (block.empty) return;
   const int heads = p.z.b * p.z.h_kv, group = __shfl_sync(~0u, int(threadIdx.x) >> 7, 0);
   if (threadIdx.x == 0) {
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(threads(GradientKVTiles<PADDED_D, PADDED_E>::G
       if (chunk < p.z.chunks - 1 || p.has_state) {
         const __half *moments = p.moments + int64_t(chunk * heads + kv) * D_TILES * D_TILES * 4096;
         for (int i = 0; i < D_TILES; i++) fill(moments + i * D_TILES * 4096, D_TILES * TILE_BYTES);
-        load_pairs<PADDED_E>(p.states + int64_t(chunk * heads + kv) * p.z.pairs * E_TILES * 4096, p.z.pairs, fill);
+        load_pairs<1, PADDED_E>(p.states.at(p.z, chunk, kv / p.z.h_kv, kv % p.z.h_kv, int64_t(p.z.pairs) * E_TILES * 4096), p.z.pairs, fill);
       }
       for (int member = 0; member < p.z.group; member++) {
         const int64_t q_tile = int64_t(kv * p.z.group + member) * p.z.tiles + chunk * p.z.chunk_tiles;
@@ -154,8 +154,7 @@ __global__ void __launch_bounds__(threads(GradientKVTiles<PADDED_D, PADDED_E>::G
     named_barrier_sync(CONSUMER + group, 128); /* all 64 of them */
 
     if (has_state) {
-      float *slots = reinterpret_cast<float *>(smem_raw + (slots_smem - smem_address(smem_raw)) + group * Contraction<PADDED_D>::BYTES);
-      Contraction<PADDED_D> contraction{k_rows, slots, p.z.feature_tiles};
+      Contraction<PADDED_D> contraction(k_rows, slots_smem + group * Contraction<PADDED_D>::BYTES, p.z.feature_tiles, lane);
       const int state_unit = p.state_units[chunk * heads + kv], moment_unit = p.moment_units[chunk * heads + kv];
       {
         uint32_t a[D_TILES][4][4];
@@ -181,40 +180,32 @@ __global__ void __launch_bounds__(threads(GradientKVTiles<PADDED_D, PADDED_E>::G
 #pragma unroll
         for (int n = 0; n < PADDED_D / 8; n++)
 #pragma unroll
-          for (int r = 0; r < 2; r++) contraction.slot(lane, r, n) = make_float2(dk[4 * n + 2 * r] * unit, dk[4 * n + 2 * r + 1] * unit);
+          for (int r = 0; r < 2; r++) contraction.set_slot(r, n, make_float2(dk[4 * n + 2 * r] * unit, dk[4 * n + 2 * r + 1] * unit));
       }
-      constexpr int SETS = T::SETS;
-      uint32_t a[SETS][4][4];
-      float u[SETS][32];
+      uint32_t fragments[4][4];
+      float u[1][32];
       RowOperand<E_TILES> v(v_rows, lane);
-      contraction.load_j(lane);
-      PairWalk next; /* the pair whose products start next */
-      RingPosition<T::STAGES> done = at;
-      contract_pairs<SETS, 1>(
+      contraction.load_j();
+      contract_pairs<1, 1>(
           p.z.pairs, contraction, u, lane,
-          [&](auto half) {
-            uint32_t(&fragments)[4][4] = a[half.value];
+          [&](auto) {
             ring.wait(at);
             const StateTile<PADDED_E> state{stages_smem + at.slot * T::STAGE_BYTES};
-            /* The last of an odd number of pairs comes twice, the second time for nothing. */
-            expand_queries<4>(fragments, k_rows + (next.i / 8) * TILE_BYTES + swizzled(row, next.i % 8) + lane.quad * 4,
-                              k_rows + (next.j / 8) * TILE_BYTES + swizzled(row, next.j % 8), next.j < p.z.feature_tiles ? ~0u : 0u);
-            next.advance();
-            pin(u[half.value]);
+            expand_queries<4>(fragments, contraction.i_piece(), contraction.j_piece());
+            pin(u[0]);
             pin(fragments);
             v.hold();
             pin(dv);
             wgmma_fence();
-            v.times_state(u[half.value], state.smem);
+            v.times_state(u[0], state.smem);
             wgmma_commit();
 #pragma unroll
             for (int s = 0; s < 4; s++) Wgmma<PADDED_E, __half>::template rs<K_MAJOR>(dv, fragments[s], state.features(s), 1);
             wgmma_commit();
-            at.advance();
           },
           [&] {
-            ring.release(done.slot);
-            done.advance();
+            ring.release(at.slot);
+            at.advance();
           });
       pin(dv);
 #pragma unroll
@@ -223,7 +214,7 @@ __global__ void __launch_bounds__(threads(GradientKVTiles<PADDED_D, PADDED_E>::G
         const float k_factor = factor * float(1 << DS_SHIFT), v_factor = factor * float(1 << P_SHIFT);
 #pragma unroll
         for (int n = 0; n < PADDED_D / 8; n++) {
-          const float2 dx = contraction.slot(lane, r, n);
+          const float2 dx = contraction.slot(r, n);
           dk[4 * n + 2 * r] = dx.x * k_factor, dk[4 * n + 2 * r + 1] = dx.y * k_factor;
         }
 #pragma unroll
@@ -241,7 +232,6 @@ __global__ void __launch_bounds__(threads(GradientKVTiles<PADDED_D, PADDED_E>::G
 
     /* Inside the chunk. */
     {
-      const float delta_factor = p.normalize ? power_of_two(dy_exponent) * power_of_two(v_exponent) : 0.f;
       float reach[2];
       const uint64_t k_a = matrix_descriptor(k_rows), v_a = matrix_descriptor(v_rows);
       auto attend_tile = [&](auto diagonal_constant, int64_t q_tile, int tile) {
@@ -277,7 +267,7 @@ __global__ void __launch_bounds__(threads(GradientKVTiles<PADDED_D, PADDED_E>::G
           pin(s);
           pin(dp);
           key_gradients<DIAGONAL, COLUMNS>(s, dp, weights, ds, reach, row_prefix, p.gates.tile_prefix + (k_tile + tile) * TILE,
-                                           p.rows.h + (q_tile + tile) * TILE, factors, column, delta_factor, lane);
+                                           p.rows.h + (q_tile + tile) * TILE, factors, column, lane);
           pin(weights);
           pin(ds);
           pin(dk);

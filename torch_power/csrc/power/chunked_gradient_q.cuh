@@ -31,6 +31,7 @@ struct GradientQTiles {
   static constexpr int ROWS_BYTES = GROUPS * (D_TILES + E_TILES) * TILE_BYTES, SLOTS_BYTES = GROUPS * Contraction<PADDED_D>::BYTES;
   static constexpr int STAGES = STAGE_BYTES > 24576 + 1024 ? 2 : STAGE_BYTES > 17408 ? 4 : 6;
   static constexpr int SMEM_BYTES = 1024 + ROWS_BYTES + STAGES * STAGE_BYTES + SLOTS_BYTES + Ring<STAGES>::BYTES + 16;
+  static constexpr int SETS = D_TILES + E_TILES > 2 ? 1 : 2; /* of contract_pairs */
 };
 
 /* ds~ = s~ γ (<D, v^> − ΔD) times the rows' factors, rounded into A fragments; on the diagonal tile γ = 2^(prefix_i − prefix_j) for
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(threads(GradientQTiles<PADDED_D, PADDED_E>::GR
   const Ring<T::STAGES> ring{slots_smem + T::SLOTS_BYTES};
   const uint32_t rows_full = ring.barriers + Ring<T::STAGES>::BYTES;
 
-  const RowBlock block(p.z, blockIdx.x, T::ROWS, true);
+  const RowBlock block(p.z, blockIdx.x, T::ROWS, true, 0, p.z.chunks);
   if (block.empty) return;
   const int heads = p.z.b * p.z.h_kv, group = __shfl_sync(~0u, int(threadIdx.x) >> 7, 0);
   if (threadIdx.x == 0) {
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(threads(GradientQTiles<PADDED_D, PADDED_E>::GR
       if (chunk > 0 || p.has_state) {
         const __half *moments = p.moments + int64_t(chunk * heads + kv) * D_TILES * D_TILES * 4096;
         for (int i = 0; i < D_TILES; i++) fill(moments + i * D_TILES * 4096, D_TILES * TILE_BYTES);
-        load_pairs<PADDED_E>(p.states + int64_t(chunk * heads + kv) * p.z.pairs * E_TILES * 4096, p.z.pairs, fill);
+        load_pairs<T::SETS, PADDED_E>(p.states + int64_t(chunk * heads + kv) * p.z.pairs * E_TILES * 4096, p.z.pairs, fill);
       }
 #pragma unroll 1
       for (int tile = last_tile; tile >= 0; tile--) {
@@ -166,8 +167,7 @@ __global__ void __launch_bounds__(threads(GradientQTiles<PADDED_D, PADDED_E>::GR
     RowOperand<E_TILES> dy(dy_rows, lane);
 
     if (has_state) {
-      float *slots = reinterpret_cast<float *>(smem_raw + (slots_smem - smem_address(smem_raw)) + group * Contraction<PADDED_D>::BYTES);
-      Contraction<PADDED_D> contraction{q_rows, slots, p.z.feature_tiles};
+      Contraction<PADDED_D> contraction(q_rows, slots_smem + group * Contraction<PADDED_D>::BYTES, p.z.feature_tiles, lane);
       const int state_unit = p.state_units[chunk * heads + kv], moment_unit = p.moment_units[chunk * heads + kv];
       {
         uint32_t a[D_TILES][4][4];
@@ -197,11 +197,11 @@ __global__ void __launch_bounds__(threads(GradientQTiles<PADDED_D, PADDED_E>::GR
         for (int n = 0; n < PADDED_D / 8; n++)
 #pragma unroll
           for (int r = 0; r < 2; r++)
-            contraction.slot(lane, r, n) = make_float2(dq[4 * n + 2 * r] * delta[r] * unit, dq[4 * n + 2 * r + 1] * delta[r] * unit);
+            contraction.set_slot(r, n, make_float2(dq[4 * n + 2 * r] * delta[r] * unit, dq[4 * n + 2 * r + 1] * delta[r] * unit));
       }
-      constexpr int SETS = D_TILES + E_TILES > 2 ? 1 : 2;
+      constexpr int SETS = T::SETS;
       float u[SETS][32];
-      contraction.load_j(lane);
+      contraction.load_j();
       RingPosition<T::STAGES> done = at;
       contract_pairs<SETS, 0>(
           p.z.pairs, contraction, u, lane,
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(threads(GradientQTiles<PADDED_D, PADDED_E>::GR
         const float factor = chunk_decay[r] * h[r] * power_of_two(state_unit);
 #pragma unroll
         for (int n = 0; n < PADDED_D / 8; n++) {
-          const float2 dx = contraction.slot(lane, r, n);
+          const float2 dx = contraction.slot(r, n);
           dq[4 * n + 2 * r] = dx.x * factor, dq[4 * n + 2 * r + 1] = dx.y * factor;
         }
       }
@@ -308,7 +308,8 @@ __global__ void __launch_bounds__(threads(GradientQTiles<PADDED_D, PADDED_E>::GR
       const float exact = delta[r] + 0.5f * products[r] / (1 << DS_SHIFT);
       const float state_row = 0.5f * state_part[r] / (1 << DS_SHIFT) - (p.normalize ? (exact - first_delta[r]) * state_mass[r] : 0.f);
       if (lane.quad == 0) {
-        p.rows.delta[q_row + 8 * r] = exact * power_of_two(-dy_exponent) * power_of_two(-v_exponent);
+        p.rows.delta[q_row + 8 * r] = p.normalize ? exact * TO_DS : 0.f;
+        if (!p.normalize) p.rows.row_part[q_row + 8 * r] = exact * power_of_two(-dy_exponent) * power_of_two(-v_exponent);
         p.rows.state_part[q_row + 8 * r] = state_row * power_of_two(-dy_exponent) * power_of_two(-v_exponent);
         if (p.normalize) /* below 2^16 but for w near its bound */
           p.moment_weights[(q_tile + own_tile) * TILE + token_position(row + 8 * r)] =

@@ -38,7 +38,8 @@ inline Gates take_gates(Arena &arena, const Sizes &z) {
 }
 /* Float16 counts of staged rows, states and moments. */
 inline int64_t staged_count(const Sizes &z, int64_t heads, int padded) { return heads * z.tokens * padded; }
-inline int64_t states_count(const Sizes &z) { return int64_t(z.chunks) * z.b * z.h_kv * z.pairs * 64 * z.padded_e; }
+inline int64_t state_size(const Sizes &z) { return int64_t(z.pairs) * 64 * z.padded_e; }
+inline int64_t states_count(const Sizes &z, int chunks) { return int64_t(chunks) * z.b * z.h_kv * state_size(z); }
 inline int64_t moments_count(const Sizes &z) { return int64_t(z.chunks) * z.b * z.h_kv * z.padded_d * z.padded_d; }
 
 /* What the forward pass finds out and the backward pass needs: handed over in `saved`, else worked out in each one's workspace. */
@@ -51,13 +52,31 @@ struct Saved {
     const int64_t heads = int64_t(z.b) * z.h_kv;
     maxima = arena.take<unsigned>(4 * heads);
     gates = take_gates(arena, z);
-    states = arena.take<__half>(states_count(z)), moments = arena.take<__half>(moments_count(z));
+    states = arena.take<__half>(states_count(z, z.chunks)), moments = arena.take<__half>(moments_count(z));
     state_units = arena.take<int>(z.chunks * heads), moment_units = arena.take<int>(z.chunks * heads);
   }
   Maxima forward_maxima(int64_t heads) const { return Maxima{maxima, maxima + heads, nullptr, maxima + 2 * heads, maxima + 3 * heads}; }
 };
 
 inline View make_view(const PowerArray &a) { return View{static_cast<char *>(a.data), a.stride[0], a.stride[1], a.stride[2], a.stride[3]}; }
+
+/* State gradients of the chunks from `first_lent` on, in dk and dv. */
+inline StateStore lent_states(const Sizes &z, __half *states, int first_lent, const PowerArray &dk, const PowerArray &dv) {
+  const auto fit = [&](int size) { return int64_t(first_lent) * z.chunk * z.h_kv * size / state_size(z); };
+  return StateStore{states, first_lent, {static_cast<__half *>(dk.data), static_cast<__half *>(dv.data)}, {dk.stride[0], dv.stride[0]}, {fit(z.d), fit(z.e)}};
+}
+/* Chunk from which state gradients are kept in dk and dv of the chunks before, or z.chunks: as many as leave the workspace of the other states large enough for
+ * staged k and v, which share it, where that saves LENT_BYTES (tiles.h). At the flagship 64 MiB of 1072. */
+inline int first_lent_chunk(const Sizes &z) {
+  const int64_t heads = int64_t(z.b) * z.h_kv, per_chunk = heads * state_size(z);
+  int64_t first = (staged_count(z, heads, z.padded_d) + staged_count(z, heads, z.padded_e) + per_chunk - 1) / per_chunk;
+  const auto fits = [&] {
+    const StateStore x = lent_states(z, nullptr, int(first), {}, {});
+    return (z.chunks - first) * z.h_kv <= x.fit[0] + x.fit[1];
+  };
+  while (first < z.chunks && !fits()) first++;
+  return first < z.chunks && (z.chunks - first) * per_chunk * 2 >= LENT_BYTES ? int(first) : z.chunks;
+}
 
 /* Launches that depend on the template arguments: defined in chunked_launch.cuh, each instantiated in one file of ../inst. */
 template <int PADDED_D, int PADDED_E>
@@ -122,7 +141,7 @@ inline cudaError_t update_state(const UpdateParams &p, cudaStream_t stream) {
 /* The states before every chunk, from staged keys and values. */
 inline UpdateParams forward_update(const Sizes &z, const Saved &x, const __half *k, const __half *v, const __half *moment_weights, const float *s0,
                                    const float *z0, float *s, float *z_last) {
-  return UpdateParams{z, k, v, x.gates.chunk_decay, moment_weights, 1, 0, x.gates.chunk_sum, x.gates.chunk_weight, 1, x.states, x.moments, x.state_units,
+  return UpdateParams{z, k, v, x.gates.chunk_decay, moment_weights, 1, 0, z.chunks - (s == nullptr), x.gates.chunk_sum, x.gates.chunk_weight, 1, StateStore{x.states}, x.moments, x.state_units,
                       x.moment_units, s0, z0, s, z_last, x.forward_maxima(int64_t(z.b) * z.h_kv), 2 * K_RANGE + V_RANGE + 1, 2 * K_RANGE, 0};
 }
 

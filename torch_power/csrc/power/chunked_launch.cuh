@@ -23,7 +23,7 @@ cudaError_t QueryLaunch<In, PADDED_D, PADDED_E>::query(const QueryParams &p, cud
   auto kernel = query_kernel<In, PADDED_D, PADDED_E>;
   using T = QueryTiles<PADDED_D, PADDED_E>;
   if (cudaError_t error = allow_smem(kernel, T::SMEM_BYTES)) return error;
-  kernel<<<RowBlock::count(p.z, p.z.b * p.z.h_q, T::ROWS), threads(T::GROUPS), T::SMEM_BYTES, stream>>>(p);
+  kernel<<<RowBlock::count(p.z, p.z.b * p.z.h_q, T::ROWS, p.z.chunks), threads(T::GROUPS), T::SMEM_BYTES, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -32,7 +32,7 @@ cudaError_t GradientLaunch<In, PADDED_D, PADDED_E>::q(const GradientQParams &p, 
   auto kernel = gradient_q_kernel<In, PADDED_D, PADDED_E>;
   using T = GradientQTiles<PADDED_D, PADDED_E>;
   if (cudaError_t error = allow_smem(kernel, T::SMEM_BYTES)) return error;
-  kernel<<<RowBlock::count(p.z, p.z.b * p.z.h_q, T::ROWS), threads(T::GROUPS), T::SMEM_BYTES, stream>>>(p);
+  kernel<<<RowBlock::count(p.z, p.z.b * p.z.h_q, T::ROWS, p.z.chunks), threads(T::GROUPS), T::SMEM_BYTES, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -41,7 +41,7 @@ cudaError_t GradientLaunch<In, PADDED_D, PADDED_E>::kv(const GradientKVParams &p
   auto kernel = gradient_kv_kernel<In, PADDED_D, PADDED_E>;
   using T = GradientKVTiles<PADDED_D, PADDED_E>;
   if (cudaError_t error = allow_smem(kernel, T::SMEM_BYTES)) return error;
-  kernel<<<RowBlock::count(p.z, p.z.b * p.z.h_kv, T::ROWS), threads(T::GROUPS), T::SMEM_BYTES, stream>>>(p);
+  kernel<<<RowBlock::count(p.z, p.z.b * p.z.h_kv, T::ROWS, p.chunks), threads(T::GROUPS), T::SMEM_BYTES, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -63,6 +63,21 @@ inline Sizes make_sizes(const PowerAttentionShape &s) {
   return z;
 }
 
+/* States, or state gradients, of the chunks: [chunk][head] in one array. Those of the chunks from `first_lent` on may be in what will be dk and dv of the
+ * chunks before, two contiguous arrays [batch, time, head, feature]: of each batch element, as many whole states as fit one and then the other. */
+struct StateStore {
+  __half *states;
+  int first_lent = 1 << 30;
+  __half *lent[2] = {};
+  int64_t batch[2] = {}, fit[2] = {}; /* elements from one batch element to the next; states that fit one */
+  /* Of head `own` of batch element `element`. */
+  __device__ __forceinline__ __half *at(const Sizes &z, int chunk, int element, int own, int64_t size) const {
+    if (chunk < first_lent) return states + ((int64_t(chunk) * z.b + element) * z.h_kv + own) * size;
+    const int64_t number = int64_t(chunk - first_lent) * z.h_kv + own;
+    return number < fit[0] ? lent[0] + element * batch[0] + number * size : lent[1] + element * batch[1] + (number - fit[0]) * size;
+  }
+};
+
 /* Largest magnitudes, as float bits (ordered like unsigned integers), per key-value head. */
 struct Maxima {
   unsigned *k, *v, *dy, *s, *z;
@@ -169,18 +184,26 @@ __device__ __forceinline__ float quad_sum(float x) {
 struct RowBlock {
   int chunk, first_tile, head; /* first_tile: within the chunk */
   bool empty;
-  /* `later_first`: rows late in a chunk meet most (queries); otherwise early ones do (keys). */
-  __device__ __forceinline__ RowBlock(const Sizes &z, int item, int rows, bool later_first) {
-    const int blocks = z.chunk / rows, order = item / z.chunks % blocks;
-    chunk = item % z.chunks, head = item / (z.chunks * blocks);
+  /* `later_first`: rows late in a chunk meet most (queries); otherwise early ones do (keys). Of `chunks` chunks from `first_chunk` on. */
+  __device__ __forceinline__ RowBlock(const Sizes &z, int item, int rows, bool later_first, int first_chunk, int chunks) {
+    const int blocks = z.chunk / rows, order = item / chunks % blocks;
+    chunk = first_chunk + item % chunks, head = item / (chunks * blocks);
     first_tile = (later_first ? blocks - 1 - order : order) * (rows / TILE);
     empty = chunk * z.chunk + first_tile * TILE >= z.t;
   }
-  static __host__ __device__ int count(const Sizes &z, int heads, int rows) { return z.chunks * (z.chunk / rows) * heads; }
+  static int count(const Sizes &z, int heads, int rows, int chunks) { return chunks * (z.chunk / rows) * heads; }
 };
 
 /* A value that is the same in all lanes, which the compiler then knows: descriptors made from it need no moves to uniform registers. */
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
+
+/* Address of 16-byte piece `piece` of a staged row, from that of its first piece (swizzle included): one instruction where rows have 64 columns. */
+template <int COLUMN_TILES>
+__device__ __forceinline__ uint32_t row_piece(uint32_t row, int piece) {
+  return COLUMN_TILES == 1 ? row ^ piece * 16 : (row ^ piece % 8 * 16) + piece / 8 * TILE_BYTES;
+}
+/* Keeps an address in its register: worked out anew from the thread's number in every loop, it is a dozen instructions and a slow one. */
+__device__ __forceinline__ void keep(uint32_t &address) { asm volatile("" : "+r"(address)); }
 
 /* Where a thread sits in its warpgroup's fragments. */
 struct Lane {

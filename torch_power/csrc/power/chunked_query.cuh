@@ -39,10 +39,10 @@ struct QueryTiles {
 };
 
 /* A fragments of STEPS k-steps, of two β each, of ψ(q). In the q^ rows, for this lane's row g (row g + 8 is 1024 bytes on): `i_address` of its pair
- * of α in feature tile I, `j_address` of the first β in feature tile J. `keep` is a mask, of no bits for fragments of zeros. */
+ * of α in feature tile I, `j_address` of the first β in feature tile J. */
 template <int STEPS>
-__device__ __forceinline__ void expand_queries(uint32_t (&a)[STEPS][4], uint32_t i_address, uint32_t j_address, uint32_t keep = ~0u) {
-  const uint32_t alpha0 = load_shared_32(i_address) & keep, alpha1 = load_shared_32(i_address + 1024) & keep;
+__device__ __forceinline__ void expand_queries(uint32_t (&a)[STEPS][4], uint32_t i_address, uint32_t j_address) {
+  const uint32_t alpha0 = load_shared_32(i_address), alpha1 = load_shared_32(i_address + 1024);
   uint32_t beta0[STEPS], beta1[STEPS];
   if constexpr (STEPS == 4) {
     const uint4 x = load_shared_128(j_address), y = load_shared_128(j_address + 1024);
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(threads(QueryTiles<PADDED_D, PADDED_E>::GROUPS
   float *unscale = reinterpret_cast<float *>(smem_raw + (ring.barriers + Ring<T::STAGES>::BYTES - smem_address(smem_raw))); /* 2^−a of every row */
   float *lifts = unscale + T::ROWS;
 
-  const RowBlock block(p.z, blockIdx.x, T::ROWS, true);
+  const RowBlock block(p.z, blockIdx.x, T::ROWS, true, 0, p.z.chunks);
   if (block.empty) return;
   const int heads = p.z.b * p.z.h_kv, group = __shfl_sync(~0u, int(threadIdx.x) >> 7, 0);
   if (threadIdx.x == 0) {
@@ -224,17 +224,19 @@ __global__ void __launch_bounds__(threads(QueryTiles<PADDED_D, PADDED_E>::GROUPS
       /* State: per pair two groups of products, alternating between two sets of fragments. */
       constexpr int STEPS = 2;
       uint32_t a[2][STEPS][4];
+      uint32_t j_row = q_tile + swizzled(row, 0), i_row = j_row + lane.quad * 4;
+      keep(i_row), keep(j_row);
       int tile_i = 0, tile_j = 0, undrained = -1;
 #pragma unroll 1
       for (int pair = 0; pair < p.z.pairs; pair++) {
         ring.wait(at);
         const StateTile<PADDED_E> state{stages_smem + at.slot * T::STAGE_BYTES};
-        const uint32_t i_piece = (tile_i / 8) * TILE_BYTES + swizzled(row, tile_i % 8), j_piece = (tile_j / 8) * TILE_BYTES + swizzled(row, tile_j % 8);
+        const uint32_t i_piece = row_piece<D_TILES>(i_row, tile_i), j_piece = row_piece<D_TILES>(j_row, tile_j);
 #pragma unroll
         for (int u = 0; u < 2; u++) {
           wgmma_wait<1>(); /* all but the group before this one have ended: a[u] is free, and when u = 1 the slot before */
           if (u == 1 && undrained >= 0) ring.release(undrained);
-          expand_queries<STEPS>(a[u], q_tile + i_piece + lane.quad * 4, q_tile + j_piece + u * 8);
+          expand_queries<STEPS>(a[u], i_piece, j_piece + u * 8);
           pin(a[u]);
           pin(acc);
           wgmma_fence();

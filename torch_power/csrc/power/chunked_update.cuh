@@ -8,7 +8,8 @@
  *   A (registers): yᵀ, loaded once a tile by a transposing ldmatrix, times x[·, 8J + β] · w token by token
  *   B (shared memory): columns 0 … 8J + 7 of the x tile, MN-major.
  * The last blocks keep the normaliser's moments Σ w x xᵀ instead, a warpgroup 64 rows of one head's.
- * Two blocks of a head make a cluster: each loads half of an x and a y tile into both, which halves what L2 has to give.
+ * Two blocks of a head make a cluster: each loads half of an x and a y tile into both, which halves what L2 has to give. (In a build for racecheck each
+ * loads all of its own: the tool does not follow copies into two blocks, and reports what else the slot's barrier waits for.)
  * Shared memory: a ring of [x rows | y rows | four feature rows x[·, 8J + β] · w | w], in the last blocks [x rows and token weights of a head or two]. The
  * feature rows are written by a second warp of the loading warpgroup once x and w have arrived: as tiles in memory they were 67 MB to write.
  * Cycles a 64-token tile at d = e = 64: products 288; shared memory 144 (B) + 128 (yᵀ twice) + 32 + 132 (arriving) = 436. (A = φ in registers and
@@ -29,9 +30,11 @@ struct UpdateParams {
   const float *token_weights;   /* w per head of x and token */
   const __half *moment_weights; /* per head of x and token, in token_order: w, backward −w dy^·y^ */
   int group, reverse;
+  int summed;                      /* chunks whose tokens are added up: all but the last one if nobody asks for the state behind it */
   const float *chunk_sum, *weight; /* [state head][chunk]; [head of x][chunk][weight_parts], to be added up */
   int weight_parts;
-  __half *states, *moments;
+  StateStore states;
+  __half *moments;
   int *state_units, *moment_units; /* [chunk][state head] */
   const float *s_in, *z_in;        /* public layout: the first state, or null */
   float *s_out, *z_out;            /* public layout: the last state, or null */
@@ -52,7 +55,8 @@ __device__ __forceinline__ void state_exponents(const UpdateParams &p, int head,
   }
 }
 
-/* A ring whose slots are ready for consumers when they have arrived and their features have been weighed, by one warp. */
+/* A ring whose slots are ready for consumers when they have arrived and their features have been weighed, by one warp. That warp need not hand a slot
+ * back: consumers wait for it before they do. */
 template <int STAGES>
 struct FeatureRing : PairRing<STAGES> {
   using PairRing<STAGES>::PairRing;
@@ -88,15 +92,28 @@ struct UpdateTiles {
   static int blocks(int heads) { return heads * BLOCKS_A_HEAD + (heads + 2 * MOMENT_HEADS - 1) / (2 * MOMENT_HEADS) * 2; }
 };
 
-/* Decay of a chunk, and the bound of what its tokens add (the same in every lane). */
-__device__ __forceinline__ float2 chunk_factors(const UpdateParams &p, int head, int chunk, int lane) {
-  float weight = 0.f;
-  for (int member = 0; member < p.group; member++)
-    for (int i = lane; i < p.weight_parts; i += 32) weight += p.weight[(int64_t(head * p.group + member) * p.z.chunks + chunk) * p.weight_parts + i];
+/* A chunk's decay and the bound of what its tokens add, in two steps: `ChunkTerms` starts the loads, which take a thousand cycles; `factors` is what uses
+ * them (adding up behind the loads what each lane holds made every chunk wait for them). */
+struct ChunkTerms {
+  float sum, weight; /* weight: this lane's part */
+  __device__ __forceinline__ ChunkTerms(const UpdateParams &p, int head, int chunk, int lane) {
+    sum = p.chunk_sum[head * p.z.chunks + chunk], weight = 0.f;
+    const float *parts = p.weight + (int64_t(head) * p.group * p.z.chunks + chunk) * p.weight_parts + lane;
+    if (lane < p.weight_parts) weight = parts[0];
+#pragma unroll 1
+    for (int member = 0; member < p.group; member++, parts += int64_t(p.z.chunks) * p.weight_parts)
+#pragma unroll 1
+      for (int first = member == 0 ? 32 : 0; first < p.weight_parts; first += 32) /* as often in every lane, or the warp counts as split */
+        if (first + lane < p.weight_parts) weight += parts[first];
+  }
+  /* Decay, bound: the same in every lane. */
+  __device__ __forceinline__ float2 factors() const {
+    float total = weight;
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) weight += __shfl_xor_sync(~0u, weight, offset);
-  return make_float2(exp2f(p.chunk_sum[head * p.z.chunks + chunk]), weight);
-}
+    for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+    return make_float2(exp2f(sum), total);
+  }
+};
 
 /* The scan over chunks, the same for both kinds of block: `store(chunk, bound)` before a chunk, `decay(factor)` of the accumulators, `accumulate(slot,
  * part, undrained)` per tile, `part` of TILES_A_STEP, which releases the slot of the tile before when its products have ended. Returns the decay over all chunks. */
@@ -105,14 +122,15 @@ __device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring &
                                              Store store, Decay decay, Accumulate accumulate) {
   RingPosition<STAGES> at;
   float total_decay = 1.f;
-  float2 factors = chunk_factors(p, head, p.reverse ? p.z.chunks - 1 : 0, lane);
+  float2 factors = ChunkTerms(p, head, p.reverse ? p.z.chunks - 1 : 0, lane).factors();
 #pragma unroll 1
   for (int step = 0; step < p.z.chunks; step++) {
     const int chunk = p.reverse ? p.z.chunks - 1 - step : step;
     if (step > 0 || has_first) store(chunk, bound);
+    if (step == p.summed) break;
     bound = bound * factors.x + factors.y, total_decay *= factors.x;
     decay(factors.x);
-    if (step + 1 < p.z.chunks) factors = chunk_factors(p, head, p.reverse ? chunk - 1 : chunk + 1, lane); /* arrives during the tiles */
+    const ChunkTerms next(p, head, step + 1 == p.summed ? chunk : p.reverse ? chunk - 1 : chunk + 1, lane);
     int undrained = -1;
 #pragma unroll 1
     for (int tile = 0; tile < p.group * p.z.chunk_tiles; tile += TILES_A_STEP) {
@@ -124,6 +142,7 @@ __device__ __forceinline__ float scan_chunks(const UpdateParams &p, const Ring &
         at.advance();
       }
     }
+    factors = next.factors(); /* while the last products run */
     wgmma_wait<0>();
     ring.release(undrained);
   }
@@ -147,7 +166,7 @@ __device__ __forceinline__ void load_tiles(const UpdateParams &p, const Ring &ri
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) total += __shfl_xor_sync(~0u, total, distance);
   RingPosition<STAGES> at;
-  for (int step = 0; step < p.z.chunks; step++) {
+  for (int step = 0; step < p.summed; step++) {
     const int chunk = p.reverse ? p.z.chunks - 1 - step : step;
     for (int member = 0; member < p.group; member++) {
       const int64_t first_tile = int64_t(head * p.group + member) * p.z.tiles + chunk * p.z.chunk_tiles;
@@ -177,7 +196,7 @@ __device__ __forceinline__ void weigh_features(const UpdateParams &p, const Feat
   const auto next_word = [&](int j) { return (j / 8) * TILE_BYTES + swizzled(token + 1, j % 8) + first_beta * 2; };
   const uint32_t from[2][2] = {{word(j_high), next_word(j_high)}, {word(j_low), next_word(j_low)}};
   RingPosition<T::STAGES> at;
-  const int tiles = p.z.chunks * p.group * p.z.chunk_tiles;
+  const int tiles = p.summed * p.group * p.z.chunk_tiles;
 #pragma unroll 1
   for (int tile = 0; tile < tiles; tile++) {
     ring.wait_for_copies(at);
@@ -214,7 +233,8 @@ __device__ __forceinline__ void update_slices(const UpdateParams &p, const Featu
   using T = UpdateTiles<PADDED_D, PADDED_E>;
   constexpr int BETAS = T::BETAS;
   const Lane lane;
-  const int heads = p.z.b * p.z.h_kv, row = y_tile * 64 + lane.warp * 16 + lane.group; /* of yᵀ, and row + 8 */
+  const int heads = p.z.b * p.z.h_kv, element = head / p.z.h_kv, own = head % p.z.h_kv;
+  const int row = y_tile * 64 + lane.warp * 16 + lane.group; /* of yᵀ, and row + 8 */
   float high[BETAS][HIGH_COLUMNS / 2], low[BETAS][LOW_COLUMNS / 2];
   uint32_t y[4][4], a[2][T::GROUP][4][4];
 
@@ -262,7 +282,7 @@ __device__ __forceinline__ void update_slices(const UpdateParams &p, const Featu
         const int unit = state_unit(bound, p.state_bits);
         if (writes_units && (threadIdx.x & 127) == 0) p.state_units[chunk * heads + head] = unit;
         const float factor = power_of_two(-unit);
-        __half *states = p.states + int64_t(chunk * heads + head) * p.z.pairs * 64 * PADDED_E + row * 8 + lane.quad * 2;
+        __half *states = p.states.at(p.z, chunk, element, own, int64_t(p.z.pairs) * 64 * PADDED_E) + row * 8 + lane.quad * 2;
         each_slice([&](auto &slice, int j, int b) {
           pin(slice);
           __half *tile = states + (j * (j + 1) / 2 * 8 + b) * (8 * PADDED_E);
@@ -435,9 +455,10 @@ __global__ void __cluster_dims__(2) __launch_bounds__(UPDATE_THREADS, 1) update_
       TileCopy copy;
       int head = blockIdx.x / T::BLOCKS_A_HEAD;
       if (moment_block < 0) {
-        const uint32_t half = cluster_rank();
-        if (lane == 0) copy = {p.rows + half * (D_BYTES / 4), D_BYTES, half * (D_BYTES / 2), D_BYTES / 2, true};
-        if (lane == 1) copy = {p.values + half * (E_BYTES / 4), E_BYTES, D_BYTES + half * (E_BYTES / 2), E_BYTES / 2, true};
+        constexpr uint32_t PARTS = ARRIVALS_A_WARP == 32 ? 1 : 2;
+        const uint32_t part = PARTS == 1 ? 0 : cluster_rank();
+        if (lane == 0) copy = {p.rows + part * (D_BYTES / 4), D_BYTES, part * (D_BYTES / 2), D_BYTES / PARTS, PARTS == 2};
+        if (lane == 1) copy = {p.values + part * (E_BYTES / 4), E_BYTES, D_BYTES + part * (E_BYTES / 2), E_BYTES / PARTS, PARTS == 2};
         if (lane == 2) copy = {p.token_weights, TILE * 4, T::WEIGHTS_AT, TILE * 4, false};
         load_tiles<T::STAGES, T::STAGE_BYTES>(p, feature_ring, stages_smem, head, copy);
       } else {

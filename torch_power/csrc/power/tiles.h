@@ -40,4 +40,7 @@ inline int chunk_length(int64_t t, int d, int e) {
   return t >= 16384 ? 2048 : 1024;
 }
 
+/* State gradients move into dk and dv (chunked_host.cuh) where that saves this much memory: dk and dv then take a second launch. */
+constexpr int64_t LENT_BYTES = 32 << 20;
+
 }  // namespace power

@@ -38,6 +38,9 @@ __device__ __forceinline__ void store_shared_128(uint32_t smem, uint4 v) {
 __device__ __forceinline__ void store_shared_32(uint32_t smem, uint32_t v) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem), "r"(v) : "memory");
 }
+__device__ __forceinline__ void store_shared_64(uint32_t smem, uint2 v) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(smem), "r"(v.x), "r"(v.y) : "memory");
+}
 
 /* Four 8 × 8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8 (16 bytes). Thread (g, c) gets
  * from each the pair [g][2c, 2c+1], or with `transposed` the pair [2c, 2c+1][g]. */
@@ -94,8 +97,16 @@ __device__ __forceinline__ uint32_t saturate(uint32_t a) {
   return r;
 }
 /* Both halves of a pair set to its low, or its high value. */
-__device__ __forceinline__ uint32_t twice_low(uint32_t a) { return __byte_perm(a, a, 0x1010); }
-__device__ __forceinline__ uint32_t twice_high(uint32_t a) { return __byte_perm(a, a, 0x3232); }
+__device__ __forceinline__ uint32_t twice_low(uint32_t a) {
+  uint32_t r;
+  asm("{\n.reg .b16 x, y;\nmov.b32 {x, y}, %1;\nmov.b32 %0, {x, x};\n}" : "=r"(r) : "r"(a));
+  return r;
+}
+__device__ __forceinline__ uint32_t twice_high(uint32_t a) {
+  uint32_t r;
+  asm("{\n.reg .b16 x, y;\nmov.b32 {x, y}, %1;\nmov.b32 %0, {y, y};\n}" : "=r"(r) : "r"(a));
+  return r;
+}
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float r;
