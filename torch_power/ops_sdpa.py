@@ -187,10 +187,13 @@ class Sdpa(Function):
         *arrays, ctx.causal, ctx.scale, ctx.dropout_p, ctx.implementation, _ = inputs
         out, lse, residual = output
         ctx.mark_non_differentiable(lse, residual)
+        Sdpa.keep_absent(ctx)
         ctx.save_for_backward(*arrays, out, lse, residual)
 
     @staticmethod
     def backward(ctx, dout, *_):
+        if dout is None:
+            return (None,) * 11
         saved = ctx.saved_tensors  # unpacked once: checkpointing makes them again at each access
         bias_grad = saved[3] is not None and ctx.needs_input_grad[3]
         # Without a graph (`create_graph`, torch.func) there is no second derivative to refuse.
