@@ -9,7 +9,8 @@
  *
  * dQ is summed in device memory in float32 by the copy engine. Two threads take a tile each in turns: they wait until it is the block's
  * turn (schedule.cuh), add, and pass the turn on when the sum is there. So every element has one order of additions, and two runs give
- * equal bits. Sums lie in the order of the threads' registers; `finish_kernel` scales and rounds them into dq.
+ * equal bits. Sums lie in the order of the threads' registers. The last to visit a tile has its sum brought back instead, adds in
+ * registers, and what leaves is dq, scaled and rounded.
  *
  * Shared memory: k_smem and v_smem, q_smem, dy_smem and the queries' records in a ring of stages, two tiles of dSᵀ, pieces of dQ of 64
  * columns.
@@ -39,7 +40,7 @@ struct OnePassProblem : Problem {
   float scale;
   int d;
   QueryRecord *records;  // [b, h_q, tiles of 64 queries]: lse · log2 e − kLogWeight and δ / kWeight
-  float *sums;           // [b, h_q, tiles of 64 queries, pieces]: dq before scaling
+  float *sums;           // [b, h_q, tiles of 64 queries, pieces]: dq before scaling, less what the last visit adds
   int *turns;            // [b, h_q, tiles of 64 queries]: additions made
   void *dk, *dv;
   int64_t dk_stride[3], dv_stride[3];
@@ -50,6 +51,8 @@ constexpr int kBackwardGroups = 2;
 constexpr float kWeight = 4096.f, kLogWeight = 12.f;
 constexpr int kPiece = kRows * kSlabColumns;  // of dQ, elements
 constexpr int kPieces = 2;
+/* What becomes of a tile of dQ: it is added to the sum; or it is the last one, and the sum so far is in its pieces; or the only one. */
+enum Fate : int { ADD, LAST, ONLY };
 constexpr int kBackwardThreads = (kBackwardGroups + 2) * kWarpgroup;
 
 /* What the loading thread says of a key block; visits < 0: there are no more. */
@@ -69,10 +72,11 @@ struct BackwardSmem {
   QueryRecord records[Tiles::kStages];
   int tile[Tiles::kStages];  // of queries
   KeyBlock block[Tiles::kSlots];
+  int fate[2];  // of each adding thread's next tile
   Barrier k_full[Tiles::kSlots], k_empty[Tiles::kSlots], v_full[Tiles::kSlots], v_empty[Tiles::kSlots];
   Barrier q_full[Tiles::kStages], q_empty[Tiles::kStages];
   Barrier dscore_full[2], dscore_empty[2];
-  Barrier piece_full[2][Tiles::kParts], piece_empty[2][Tiles::kParts];  // of each adding thread's tiles
+  Barrier fate_known[2], piece_full[2][Tiles::kParts], piece_empty[2][Tiles::kParts];  // of each adding thread's tiles
 };
 
 /* Two loading threads, so that the queries of the next key block come while its keys wait for room. */
@@ -120,41 +124,72 @@ __device__ __forceinline__ void backward_load_keys(BackwardSmem<T, kD> &smem, co
   smem.k_full[seat.slot].arrive();
 }
 
-/* One of two adding threads: takes every second tile of dQ to its sum. Each has barriers of its own: one that sees only every second phase
- * of a barrier cannot tell which. */
+/* One of two adding threads: takes every second tile of dQ to its sum, or the last one to dq. Each has barriers of its own: one that
+ * sees only every second phase of a barrier cannot tell which. */
 template <typename T, int kD>
-__device__ __forceinline__ void backward_add(BackwardSmem<T, kD> &smem, const OnePassProblem &p, int which) {
+__device__ __forceinline__ void backward_add(BackwardSmem<T, kD> &smem, const CUtensorMap *dq_map, const OnePassProblem &p, int which) {
   using Tiles = BackwardTiles<kD>;
-  bool mine = which == 0;
+  constexpr bool kShared = 2 * Tiles::kParts != kPieces;  // both threads' tiles go through the same pieces
+  constexpr uint32_t kBytes = kPiece * sizeof(float);
+  const auto piece = [&](int part) { return smem_address(smem.piece[(which * Tiles::kParts + part) % kPieces]); };
+  const auto sum_of = [&](int tile, int part) { return p.sums + (int64_t(tile) * Tiles::kParts + part) * kPiece; };
   uint32_t parity = 0;
-  for (Visitor visit(p.table, blockIdx.x); visit.next();) {
-    const int heads = visit.head * p.table.sharing;  // (batch · h_kv + head) · sharing = batch · h_q + head · sharing
-#pragma unroll 1
-    for (; visit.left > 0; visit.step(), mine = !mine) {
-      if (!mine) continue;
-      const int index = (heads + visit.group) * p.table.tiles + visit.tile, turn = visit.turn();
-      int *const turns = p.turns + index;
+  Visitor visit(p.table, blockIdx.x);
+  bool last = false;
+  const auto go = [&](int count) {  // to the next tile; of a last visit more is to be said when its turn has come
+    visit.skip(count);
+    last = visit.left > 0 && visit.turn() == p.table.visits(visit.tile) - 1;
+    if (visit.left == 0 || last) return;
+    smem.fate[which] = ADD;
+    smem.fate_known[which].arrive();
+  };
+  for (go(which); visit.left > 0; parity ^= 1) {
+    const int head = visit.head * p.table.sharing + visit.group;  // (batch · h_kv + head) · sharing = batch · h_q + head · sharing
+    const int index = head * p.table.tiles + visit.tile;
+    int turn = visit.turn();
+    if (turn > 0) {
+      while (load_acquire(p.turns + index) != turn) __nanosleep(20);
+      fence_proxy_async_global();
+    }
+    if (last) {
+      smem.fate[which] = turn > 0 ? LAST : ONLY;
       if (turn > 0) {
-        while (load_acquire(turns) != turn) __nanosleep(20);
-        fence_proxy_async_global();
+        smem.fate_known[which].expect(Tiles::kParts * kBytes);
+#pragma unroll 1
+        for (int part = 0; part < Tiles::kParts; ++part) {
+          if constexpr (kShared) smem.piece_empty[which ^ 1][part].wait(parity ^ 1 ^ which);  // of the tile before
+          bulk_load(piece(part), sum_of(index, part), kBytes, smem.fate_known[which].address());
+        }
+      } else {
+        smem.fate_known[which].arrive();
       }
-#pragma unroll
+#pragma unroll 1
       for (int part = 0; part < Tiles::kParts; ++part) {
         smem.piece_full[which][part].wait(parity);
-        const uint32_t piece = smem_address(smem.piece[(which * Tiles::kParts + part) % kPieces]);
-        float *const sum = p.sums + (int64_t(index) * Tiles::kParts + part) * kPiece;
-        if (turn > 0) bulk_add(sum, piece, kPiece * sizeof(float));
-        else bulk_store(sum, piece, kPiece * sizeof(float));
+        tma_store_4d(dq_map, part * kSlabColumns, head % p.h_q, visit.tile * kRows, head / p.h_q, piece(part));
         bulk_commit();
         bulk_wait_read<0>();
         smem.piece_empty[which][part].arrive();
       }
-      parity ^= 1;
-      bulk_wait<0>();
-      fence_proxy_async_global();
-      store_release(turns, turn + 1);
+      turn = -1;
+    } else {
+#pragma unroll
+      for (int part = 0; part < Tiles::kParts; ++part) {
+        smem.piece_full[which][part].wait(parity);
+        if (turn > 0) bulk_add(sum_of(index, part), piece(part), kBytes);
+        else bulk_store(sum_of(index, part), piece(part), kBytes);
+        bulk_commit();
+        bulk_wait_read<0>();
+        smem.piece_empty[which][part].arrive();
+      }
     }
+    go(2);
+    if (turn < 0) continue;
+    bulk_wait<0>();
+    fence_proxy_async_global();
+    store_release(p.turns + index, turn + 1);
   }
+  bulk_wait<0>();
 }
 
 /* kWeight · P from S, in place. kEdge: queries before a key (columns < first_column + 8r) do not see it, and keys past the end (8r ≥ keys)
@@ -346,11 +381,15 @@ __device__ __forceinline__ void backward_sum(BackwardSmem<T, kD> &smem, const On
   }
 }
 
-/* The warpgroup that makes dQ: dS [64 queries, 128 keys] from dSᵀ in shared memory times K, 64 columns at a time. */
+__device__ __forceinline__ int fate_of(const volatile int &fate) { return fate; }
+
+/* The warpgroup that makes dQ: dS [64 queries, 128 keys] from dSᵀ in shared memory times K, 64 columns at a time. For a negative scale
+ * the keys in shared memory are −k. */
 template <typename T, int kD>
 __device__ __forceinline__ void backward_query(BackwardSmem<T, kD> &smem, const OnePassProblem &p) {
   using Tiles = BackwardTiles<kD>;
   const uint32_t thread = threadIdx.x % kWarpgroup;
+  const float scale = fabsf(p.scale);
   RingPosition<Tiles::kSlots> seat;
   RingPosition<2> buffer;
   RingPosition<2> adder;  // the thread that takes the tile to its sum
@@ -380,11 +419,33 @@ __device__ __forceinline__ void backward_query(BackwardSmem<T, kD> &smem, const 
         if (part == Tiles::kParts - 1) release(smem.dscore_empty[buffer.slot]);
         if constexpr (2 * Tiles::kParts == kPieces) smem.piece_empty[adder.slot][part].wait(adder.parity ^ 1);
         else smem.piece_empty[adder.slot ^ 1][part].wait(adder.parity ^ 1 ^ adder.slot);  // of the tile before
-        const uint32_t out = smem_address(smem.piece[(adder.slot * Tiles::kParts + part) % kPieces]) + thread * 16;
+        smem.fate_known[adder.slot].wait(adder.parity);
+        const uint32_t out = smem_address(smem.piece[(adder.slot * Tiles::kParts + part) % kPieces]), own = out + thread * 16;
+        const int fate = fate_of(smem.fate[adder.slot]);
+        if (fate == ADD) {
 #pragma unroll
-        for (int n = 0; n < kSlabColumns / 8; ++n)
-          store_shared_128(out + n * kWarpgroup * 16, make_uint4(__float_as_uint(piece[4 * n]), __float_as_uint(piece[4 * n + 1]),
-                                                                 __float_as_uint(piece[4 * n + 2]), __float_as_uint(piece[4 * n + 3])));
+          for (int n = 0; n < kSlabColumns / 8; ++n)
+            store_shared_128(own + n * kWarpgroup * 16, make_uint4(__float_as_uint(piece[4 * n]), __float_as_uint(piece[4 * n + 1]),
+                                                                   __float_as_uint(piece[4 * n + 2]), __float_as_uint(piece[4 * n + 3])));
+        } else {
+          if (fate == LAST) {
+#pragma unroll
+            for (int n = 0; n < kSlabColumns / 8; ++n) {
+              const uint4 sum = load_shared_128(own + n * kWarpgroup * 16);
+              piece[4 * n] += __uint_as_float(sum.x), piece[4 * n + 1] += __uint_as_float(sum.y);
+              piece[4 * n + 2] += __uint_as_float(sum.z), piece[4 * n + 3] += __uint_as_float(sum.w);
+            }
+          }
+          warpgroup_sync(kBackwardGroups);  // dq takes the place of sums that all threads have read
+          int row = Fragment(thread).row;
+          asm volatile("" : "+r"(row));  // or addresses would be made before the loop over tiles, and take its registers
+          const uint32_t start = chunk_address(out, kRows, row, 0) + thread % 4 * 4;  // chunk n is at ^ 16n
+#pragma unroll
+          for (int n = 0; n < kSlabColumns / 8; ++n)
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+              store_shared_32((start + r * 1024) ^ (n * 16), pack<T>(piece[4 * n + 2 * r] * scale, piece[4 * n + 2 * r + 1] * scale));
+        }
         fence_proxy_async();
         release(smem.piece_full[adder.slot][part]);
       }
@@ -397,7 +458,7 @@ template <typename T, int kD>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     backward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                     const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap dy_map,
-                    const __grid_constant__ OnePassProblem p) {
+                    const __grid_constant__ CUtensorMap dq_map, const __grid_constant__ OnePassProblem p) {
   using Tiles = BackwardTiles<kD>;
   extern __shared__ __align__(1024) uint8_t smem_bytes[];
   auto &smem = *reinterpret_cast<BackwardSmem<T, kD> *>(smem_bytes);
@@ -407,7 +468,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       smem.v_full[s].init(1), smem.v_empty[s].init(kArrivals * kBackwardGroups);
     }
     for (int s = 0; s < Tiles::kStages; ++s) smem.q_full[s].init(1), smem.q_empty[s].init(kArrivals * kBackwardGroups);
-    for (int s = 0; s < 2; ++s) smem.dscore_full[s].init(kArrivals * kBackwardGroups), smem.dscore_empty[s].init(kArrivals);
+    for (int s = 0; s < 2; ++s) {
+      smem.dscore_full[s].init(kArrivals * kBackwardGroups), smem.dscore_empty[s].init(kArrivals);
+      smem.fate_known[s].init(1);
+    }
     for (int s = 0; s < 2 * Tiles::kParts; ++s)
       (&smem.piece_full[0][0])[s].init(kArrivals), (&smem.piece_empty[0][0])[s].init(1);
     mbarrier_init_fence();
@@ -420,7 +484,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     if (threadIdx.x % 32 == 0) {
       if (warp == 0) backward_load_queries<T, kD>(smem, &q_map, &dy_map, p);
       else if (warp == 1) backward_load_keys<T, kD>(smem, &k_map, &v_map, p);
-      else backward_add<T, kD>(smem, p, warp - 2);
+      else backward_add<T, kD>(smem, &dq_map, p, warp - 2);
     }
   } else if (group == kBackwardGroups) {
     registers_lower<Tiles::kQueryRegisters>();

@@ -1,15 +1,14 @@
-/* What surrounds the backward kernels: lse and δ of every query before them, and after the one-pass kernel the rounding of dq. */
+/* What precedes the one-pass backward kernel: lse and δ of every query. */
 #pragma once
 
 #include "backward.cuh"
 
 namespace power::sdpa {
 
-/* Where y, dy and dq lie, [b, h_q, t_q, ·] with a contiguous last axis. */
+/* Where y and dy lie, [b, h_q, t_q, ·] with a contiguous last axis. */
 struct RowArrays {
   const void *y, *dy;
-  void *dq;
-  int64_t y_stride[3], dy_stride[3], dq_stride[3];
+  int64_t y_stride[3], dy_stride[3];
 };
 
 /* No additions made yet; lse · log2 e and δ = dy·y of 64 queries a block; kD / 8 threads share a row. y to the digits that its residual adds. */
@@ -43,41 +42,6 @@ __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ On
       if (lse == kNegativeInfinity) lse = -kNegativeInfinity;
       float *pair = &p.records[blockIdx.x].lse_delta[at >> 1].x + (at & 1);
       pair[0] = lse - kLogWeight, pair[2] = sum * (1.f / kWeight);
-    }
-  }
-}
-
-/* dq = |scale| · the sums, rounded, a block a tile of 64 queries (for a negative scale the sums are of −k). */
-template <typename T, int kD>
-__global__ void __launch_bounds__(kWarpgroup) finish_kernel(const __grid_constant__ OnePassProblem p, const __grid_constant__ RowArrays x) {
-  const int tile = blockIdx.x % p.table.tiles, flat = blockIdx.x / p.table.tiles, batch = flat / p.h_q, head = flat % p.h_q;
-  const Fragment at(threadIdx.x);
-  const float scale = fabsf(p.scale);
-  const float4 *sums = reinterpret_cast<const float4 *>(p.sums + int64_t(blockIdx.x) * kRows * kD) + threadIdx.x;
-#pragma unroll
-  for (int part = 0; part < kD / 32; ++part) {  // 32 columns, which the four threads of a row exchange for eight each
-    float4 sum[4];
-#pragma unroll
-    for (int n = 0; n < 4; ++n) sum[n] = sums[(4 * part + n) * kWarpgroup];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = tile * kRows + at.row + 8 * r, column = 32 * part + 8 * at.quad;
-      uint32_t own[4], got[4];
-#pragma unroll
-      for (int n = 0; n < 4; ++n) own[n] = r ? pack<T>(sum[n].z * scale, sum[n].w * scale) : pack<T>(sum[n].x * scale, sum[n].y * scale);
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {  // thread q sends its pair of block q ^ step, and gets one of block q
-        const int block = at.quad ^ step;
-        const uint32_t sent = block == 0 ? own[0] : block == 1 ? own[1] : block == 2 ? own[2] : own[3];
-        got[step] = __shfl_xor_sync(~0u, sent, step);
-      }
-      const auto from = [&](int quad) {
-        const int step = quad ^ at.quad;
-        return step == 0 ? got[0] : step == 1 ? got[1] : step == 2 ? got[2] : got[3];
-      };
-      if (row < p.t_q && column < p.d)
-        *reinterpret_cast<uint4 *>(static_cast<T *>(x.dq) + row_offset(x.dq_stride, batch, head, row) + column) =
-            make_uint4(from(0), from(1), from(2), from(3));
     }
   }
 }

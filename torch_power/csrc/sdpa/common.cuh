@@ -121,11 +121,6 @@ __device__ __forceinline__ void claim(float (&x)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "=f"(x[i])::"memory");
 }
 
-/* Adds floats in shared memory to device memory; joins the thread's open bulk group. */
-__device__ __forceinline__ void bulk_add(float *gmem, uint32_t smem, uint32_t bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(gmem), "r"(smem), "r"(bytes)
-               : "memory");
-}
 /* What was done before a release is seen by whoever acquires the value, on any multiprocessor; what the copy engine did or will do in
  * device memory, with this fence between. */
 __device__ __forceinline__ int load_acquire(const int *address) {

@@ -134,21 +134,17 @@ int32_t launch_one_pass(const Call &call) {
   p.dk = x.dk.data, p.dv = x.dv.data;
   std::copy_n(x.dk.stride, 3, p.dk_stride);
   std::copy_n(x.dv.stride, 3, p.dv_stride);
-  RowArrays rows = {x.out.data, x.dout.data, x.dq.data, {}, {}, {}};
+  RowArrays rows = {x.out.data, x.dout.data, {}, {}};
   std::copy_n(x.out.stride, 3, rows.y_stride);
   std::copy_n(x.dout.stride, 3, rows.dy_stride);
-  std::copy_n(x.dq.stride, 3, rows.dq_stride);
-  CUtensorMap q, k, v, dy;
+  CUtensorMap q, k, v, dy, dq;
   if (!make_map(&q, x.q, s.b, s.h_q, s.t_q, s.d, kRows, kHalf) || !make_map(&dy, x.dout, s.b, s.h_q, s.t_q, s.e, kRows, kHalf) ||
-      !make_map(&k, x.k, s.b, s.h_kv, s.t_kv, s.d, kRows, kHalf) || !make_map(&v, x.v, s.b, s.h_kv, s.t_kv, s.e, kRows, kHalf))
+      !make_map(&k, x.k, s.b, s.h_kv, s.t_kv, s.d, kRows, kHalf) || !make_map(&v, x.v, s.b, s.h_kv, s.t_kv, s.e, kRows, kHalf) ||
+      !make_map(&dq, x.dq, s.b, s.h_q, s.t_q, s.d, kRows, kHalf))
     return power_fail(POWER_INVALID, kNoMap);
-  const unsigned tiles = unsigned(s.b * s.h_q * p.table.tiles);
-  prepare_kernel<T, kD><<<tiles, 256, 0, call.stream>>>(p, rows);
-  const int32_t status = launch_together<BackwardSmem<T, kD>>(call, "sdpa: backward", backward_kernel<T, kD>, p.table.lanes * p.table.teams,
-                                                              kBackwardThreads, q, k, v, dy, p);
-  if (status) return status;
-  finish_kernel<T, kD><<<tiles, kWarpgroup, 0, call.stream>>>(p, rows);
-  return after_launch("sdpa: backward, rounding of dq");
+  prepare_kernel<T, kD><<<unsigned(s.b * s.h_q * p.table.tiles), 256, 0, call.stream>>>(p, rows);
+  return launch_together<BackwardSmem<T, kD>>(call, "sdpa: backward", backward_kernel<T, kD>, p.table.lanes * p.table.teams, kBackwardThreads,
+                                              q, k, v, dy, dq, p);
 }
 
 template <typename T, int kD>

@@ -40,6 +40,9 @@ struct Timetable {
   int rounds;             // key blocks of a lane and head
   int spacing;            // full: kSpacing, or less if the lanes would overtake each other
   int causal;
+
+  /* How many visits a tile of queries gets. */
+  POWER_ANYWHERE int visits(int tile) const { return causal ? smaller(key_blocks, tile / kSpacing + 1) : key_blocks; }
 };
 
 /* The visits of one lane. */
@@ -52,7 +55,7 @@ struct Visitor {
   int left, group, tile;  // visits still to come; query head and tile of the next one
 
   POWER_ANYWHERE Visitor(const Timetable &table, int block)
-      : table(table), lane(block % table.lanes), head(block / table.lanes), round(-1), paired(0), fall(1) {}
+      : table(table), lane(block % table.lanes), head(block / table.lanes), round(-1), paired(0), fall(1), left(0) {}
 
   /* On to the next key block; false if there is none. */
   POWER_ANYWHERE bool next() {
@@ -81,7 +84,7 @@ struct Visitor {
     return true;
   }
 
-  /* On to the next tile. */
+  /* On to the next tile of this key block. */
   POWER_ANYWHERE void step() {
     --left;
     if (walk == FALLING) {
@@ -90,6 +93,15 @@ struct Visitor {
       tile = first;
       if (++group == table.sharing) group = 0;
     }
+  }
+
+  /* `count` visits on, over key blocks, from the lane's first visit at the start; left = 0 if there are not so many. */
+  POWER_ANYWHERE void skip(int count) {
+    while (left <= count) {
+      count -= left, left = 0;
+      if (!next()) return;
+    }
+    for (; count > 0; --count) step();
   }
 
   /* How many visits of this tile come before this one. */
