@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor> sdpa_forward(const Tensor &q, const Tensor &k
   check_broadcast("mask", mask, q, s);
   check_sizes("seed", seed, q, {s.b});
   Tensor out = make_rows(q, s, s.e, v.scalar_type()), lse = make(q, {s.b, s.h_q, s.t_q}, ScalarType::Float);
-  Tensor rest = residual ? make_rows(q, s, s.e, v.scalar_type()) : make(q, {0}, ScalarType::Float);
+  Tensor rest = residual ? make_rows(q, s, s.e, ScalarType::Byte) : make(q, {0}, ScalarType::Byte);
   const Tensor q_used = tileable(q), k_used = tileable(k), v_used = tileable(v);
   PowerSdpaArrays a = {};
   a.q = strided(q_used), a.k = strided(k_used), a.v = strided(v_used), a.bias = array(bias), a.mask = array(mask), a.seed = array(seed);

@@ -3,8 +3,9 @@
  *     nvcc -std=c++17 -O1 -o sdpa_check tests/gpu/standalone/sdpa_check.cpp -lcuda -ldl && ./sdpa_check torch_power/lib/libpower_kernels.so
  *
  * Forward and backward of small calls that between them run the one-pass backward kernel's every branch, against sums in double on the
- * host. Device memory is as cudaMalloc gives it: a result or a scratch word that is read before it is written is found by initcheck.
- * racecheck wants a library whose kernels were compiled with -DPOWER_RACECHECK (csrc/sm90/mbarrier.cuh).
+ * host. Results begin as NaN, so that one that is not written is wrong; initcheck does not see all that the copy engine writes and would name
+ * them. Workspaces are as cudaMalloc gives them: a word that is read before it is written is initcheck's to find. racecheck wants a library
+ * whose kernels were compiled with -DPOWER_RACECHECK (csrc/sm90/mbarrier.cuh).
  */
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -41,7 +42,10 @@ struct Tensor {
   int b, h, t, x;
   std::vector<float> host;
   __nv_bfloat16 *device = nullptr;
-  Tensor(int b, int h, int t, int x) : b(b), h(h), t(t), x(x), host(size_t(b) * h * t * x) { must(cudaMalloc(&device, host.size() * 2)); }
+  Tensor(int b, int h, int t, int x) : b(b), h(h), t(t), x(x), host(size_t(b) * h * t * x) {
+    must(cudaMalloc(&device, host.size() * 2));
+    must(cudaMemset(device, 0xff, host.size() * 2));
+  }
   ~Tensor() { cudaFree(device); }
   float &at(int i, int j, int k, int l) { return host[((size_t(i) * h + j) * t + k) * x + l]; }
   void fill(std::mt19937 &random) {
@@ -89,9 +93,10 @@ double check(const Library &library, const Case &c) {
       dv(c.b, c.h_kv, c.t_kv, c.e);
   float *lse = nullptr;
   must(cudaMalloc(&lse, size_t(c.b) * c.h_q * c.t_q * 4));
+  must(cudaMemset(lse, 0xff, size_t(c.b) * c.h_q * c.t_q * 4));
   PowerSdpaShape shape = {c.b, c.h_q, c.h_kv, c.t_q, c.t_kv, c.d, c.e, 1 / std::sqrt(double(c.d)), 0, POWER_BFLOAT16, c.causal, 0, 0, 0, 0};
   PowerSdpaArrays arrays = {};
-  arrays.q = q.array(), arrays.k = k.array(), arrays.v = v.array(), arrays.out = y.array(), arrays.residual = rest.array();
+  arrays.q = q.array(), arrays.k = k.array(), arrays.v = v.array(), arrays.out = y.array(), arrays.residual = rest.array();  // twice the bytes it needs
   arrays.lse = {lse, {int64_t(c.h_q) * c.t_q, c.t_q, 1, 0}, POWER_FLOAT32};
   run(library, false, shape, arrays);
   arrays.dout = dy.array(), arrays.dq = dq.array(), arrays.dk = dk.array(), arrays.dv = dv.array();
