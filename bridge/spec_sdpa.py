@@ -70,6 +70,13 @@ class SdpaCall:
         return self.s == 0 or self.key_lengths or any(x is not None for x in (self.window, self.bias, self.mask))
 
 
+def plain_band(causal: bool, window: tuple[int, int] | None, t: int, s: int) -> tuple[bool, tuple[int, int] | None]:
+    """Causality and window that say the same, without a window where none is needed."""
+    if window is None or window[0] < t - 1 or (0 != window[1] < s - 1 and not (causal and window[1] > 0)):
+        return causal, window
+    return causal or window[1] < s - 1, None
+
+
 def default_scale(d: int) -> float:
     """1/sqrt(d), and infinity for d = 0, where every score is an empty sum."""
     return 1.0 / math.sqrt(d) if d else math.inf
