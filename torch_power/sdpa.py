@@ -111,20 +111,22 @@ def scaled_dot_product_attention(
     options = dropout_p, is_causal, window, scale, enable_gqa, bias_grad, implementation, CHOICE.in_force()
     plan = _plan(*signatures(query, key, value, attn_mask), *options)
 
-    q, k, v = (_four_axes(x, plan.batch, h) for x, h in zip((query, key, value), plan.heads, strict=True))
+    q, k, v = query, key, value
+    if not plan.whole:
+        q, k, v = (_four_axes(x, plan.batch, h) for x, h in zip((q, k, v), plan.heads, strict=True))
     bias = mask = None
     if attn_mask is not None:
         operand = attn_mask.expand(plan.mask or ()).flatten(0, -4)
         bias, mask = (None, operand) if attn_mask.dtype == torch.bool else (operand, None)
     seed = torch.randint(2**63 - 1, (q.shape[0],), device=q.device) if dropout_p > 0 else None
-    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
+    training = (q.requires_grad or k.requires_grad or v.requires_grad or bias_grad) and torch.is_grad_enabled()
     run = ops_sdpa.Sdpa.apply if training or transforms_active() else ops_sdpa.Sdpa.forward
     band = plan.call.causal, plan.call.window
     out, lse, _ = run(q, k, v, bias, mask, seed, *band, plan.call.scale, dropout_p, plan.implementation, training)
-    out = out.to(value.dtype)
+    out = out if out.dtype == value.dtype else out.to(value.dtype)
     out = out if len(plan.leading) == 2 else out.reshape(*plan.leading, *out.shape[2:])
     # As PyTorch's function does, keep queries stored [b, t, h, d] in that order: heads then merge without a copy.
-    out = out if query.ndim == 4 and heads_last(query) else out.contiguous()
+    out = out if out.is_contiguous() or query.ndim == 4 and heads_last(query) else out.contiguous()
     return (out, lse.reshape(*plan.leading, lse.shape[2])) if return_residual else out
 
 
@@ -154,14 +156,16 @@ class _Plan(NamedTuple):
     """What the signature of a call decides: who serves it, and how its operands become four axes.
 
     Axes before the heads are made equal (`batch`) and merged into one; heads of q, k and v are left as few as the broadcast
-    allows, since every implementation lets several query heads read one key-value head. `mask` is the mask's shape before that
-    merge, with axes of size 1 where it broadcasts; `leading` are the result's axes before time.
+    allows, since every implementation lets several query heads read one key-value head. `whole`: q, k and v have four axes as
+    they are, as nearly always; views that change nothing cost 3 µs each. `mask` is the mask's shape before that merge, with axes
+    of size 1 where it broadcasts; `leading` are the result's axes before time.
     """
 
     call: spec_sdpa.SdpaCall
     implementation: str
     batch: tuple[int, ...]
     heads: tuple[int, int, int]
+    whole: bool
     mask: tuple[int, ...] | None
     leading: tuple[int, ...]
 
@@ -203,14 +207,13 @@ def _plan(
     )  # fmt: skip
     asked = in_force if implementation is None else implementation
     name = CHOICE.choose("scaled_dot_product_attention", call, asked, query.device.type)
-    return _Plan(call, name, batch, (h_q, h_kv, h_kv), mask, leading)
+    whole = all(tuple(x.shape) == four.shape for x, four in zip((query, key, value), (q, k, v), strict=True))
+    return _Plan(call, name, batch, (h_q, h_kv, h_kv), whole, mask, leading)
 
 
 def _four_axes(x: Tensor, batch: tuple[int, ...], heads: int) -> Tensor:
     """An operand as `[b, heads, length, size]`."""
     shape = (math.prod(batch), heads, *x.shape[-2:])
-    if x.shape == shape:  # as nearly always: views that change nothing cost 3 µs each
-        return x
     x = x if x.ndim > 2 else x.unsqueeze(0)
     # Only grouped-query calls whose keys and values differ in heads, both more than one, have anything to repeat.
     x = x if x.shape[-3] in (1, heads) else x.repeat_interleave(heads // x.shape[-3], -3)
