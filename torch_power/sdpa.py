@@ -157,7 +157,7 @@ class _Plan(NamedTuple):
 
     Axes before the heads are made equal (`batch`) and merged into one; heads of q, k and v are left as few as the broadcast
     allows, since every implementation lets several query heads read one key-value head. `whole`: q, k and v have four axes as
-    they are, as nearly always; views that change nothing cost 3 µs each. `mask` is the mask's shape before that merge, with axes
+    they are, as nearly always; views that change nothing cost 3 µs each. `mask` is the mask's shape before that merge, axes
     of size 1 where it broadcasts; `leading` are the result's axes before time.
     """
 
