@@ -297,7 +297,8 @@ __device__ __forceinline__ void backward_sum(BackwardSmem<T, kD> &smem, const On
       int previous_buffer = 0;
       float score[kRows / 2];
       uint32_t weight[kRows / 16][4], dscore[kRows / 16][4];
-      // S of the next tile starts before dV and dK of this one, which run while S is weighed. The tile behind the last one is S of that again.
+      // S of the next tile starts before dV and dK of this one, which run while S is weighed: t = 4096 full 2.85 ms, 3.26 with S behind them.
+      // After the last tile its S is made once more and not used: a product that a condition leaves out costs ptxas the registers.
       if (left > 0)
 #pragma unroll 1
         for (;; --left) {
