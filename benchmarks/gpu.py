@@ -2,7 +2,8 @@
 
 A contestant is timed twice. `forward_ms` and `both_ms` are of the public call among calls that are queued without waiting, as
 they are in training: the host's time for a call counts where it is longer than the GPU's. `*_graph_ms` are of the same call
-replayed from a CUDA graph: its kernels alone, one behind the other. `backward_ms` is both passes less forward.
+replayed from a CUDA graph: its kernels alone, one behind the other. `backward_ms` is both passes less forward. Contestants that
+are compared take turns (`measure_all`).
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ SCORES = 1 << 26
 # Errors are held to the contract's bounds for kernels that round to 16 bits inside. Others promise none; four times those tells
 # rounding from mistakes (cuDNN takes dy·y from a rounded y: dk 7.3e-3 where few rows decide).
 SLACK = 4.0
-# A call is timed for this long (milliseconds), but not fewer or more often than so many times; one that is longer than
+# A call is timed for about this long (milliseconds), but not fewer or more often than so many times; one that is longer than
 # LONG is not replayed from a graph: there is nothing to hide.
 BUDGET, LEAST, MOST, LONG = 60.0, 2, 50, 50.0
+# In so many turns.
+TURNS = 5
 
 
 class Arrays(NamedTuple):
@@ -213,24 +216,29 @@ def breach(contestant: Contestant, found: Mapping[str, float]) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def median(call: Callable[[], Any]) -> float:
-    """Median milliseconds between the ends of calls that are queued without waiting; the first calls were made before."""
-
-    def queue(count: int) -> list[float]:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-        events[0].record()
-        for event in events[1:]:
-            call()
-            event.record()
-        torch.cuda.synchronize()
-        return [first.elapsed_time(last) for first, last in zip(events[:-1], events[1:], strict=True)]
-
-    once = min(queue(2))
-    return statistics.median(queue(int(min(MOST, max(LEAST, BUDGET / once)))))
+def queued(call: Callable[[], Any], count: int) -> list[float]:
+    """Milliseconds between the ends of `count` calls queued without waiting, behind one not counted: it waits for the host."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    for event in events:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    return [first.elapsed_time(last) for first, last in zip(events[:-1], events[1:], strict=True)]
 
 
-def graph_median(call: Callable[[], Any]) -> float:
-    """Median milliseconds of `call` replayed from a CUDA graph."""
+def medians(calls: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
+    """Median milliseconds of each call. They take turns: what runs first, on a cool card, has a higher clock for a while."""
+    samples: dict[Any, list[float]] = {name: [] for name in calls}
+    counts = {name: int(min(MOST, max(LEAST, BUDGET / queued(call, 1)[0]))) for name, call in calls.items()}
+    for turn in range(TURNS):
+        for name, call in calls.items():
+            if turn < counts[name]:
+                samples[name] += queued(call, -(-counts[name] // TURNS))
+    return {name: statistics.median(found) for name, found in samples.items()}
+
+
+def graph_of(call: Callable[[], Any]) -> Callable[[], None]:
+    """What replays `call` from a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -239,7 +247,7 @@ def graph_median(call: Callable[[], Any]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return median(graph.replay)
+    return graph.replay
 
 
 def peak_bytes(call: Callable[[], Any], arrays: Sequence[Tensor]) -> int:
@@ -253,28 +261,46 @@ def peak_bytes(call: Callable[[], Any], arrays: Sequence[Tensor]) -> int:
 
 def measure(contestant: Contestant, x: Arrays, *, causal: bool = True) -> dict[str, Any]:
     """Errors, times and memory of a contestant, as columns of a row; no times and a reason where it is wrong or refuses."""
+    return measure_all({"": contestant}, x, causal=causal)[""]
 
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return contestant.attend(x.q, x.k, x.v, x.log_g)
 
-    def both() -> tuple[Tensor, ...]:
-        y = contestant.attend(x.q, x.k, x.v, x.log_g)
-        return y.detach(), *torch.autograd.grad(y, x.leaves(), x.dy)
-
-    row: dict[str, Any] = dict.fromkeys(("forward_ms", "both_ms", "backward_ms", "forward_graph_ms", "both_graph_ms"))
-    try:
-        row["peak_mib"] = peak_bytes(both, [a for a in x if a is not None]) / 2**20
-        row["errors"] = errors(contestant, x, causal)
-        row["reason"] = breach(contestant, row["errors"])
-        if row["reason"] is None:
-            row |= {"forward_ms": median(forward), "both_ms": median(both)}
+def measure_all(contestants: Mapping[str, Contestant], x: Arrays, *, causal: bool = True) -> dict[str, dict[str, Any]]:
+    """`measure` for several contestants on the same arrays, whose calls are timed in turns."""
+    rows: dict[str, dict[str, Any]] = {}
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    for name, contestant in contestants.items():
+        row = rows[name] = dict.fromkeys(("forward_ms", "both_ms", "backward_ms", "forward_graph_ms", "both_graph_ms"))
+        passes: dict[str, Callable[[], Any]] = {
+            "forward": functools.partial(_forward, contestant, x),
+            "both": functools.partial(_both, contestant, x),
+        }
+        try:
+            row["peak_mib"] = peak_bytes(passes["both"], [a for a in x if a is not None]) / 2**20
+            row["errors"] = errors(contestant, x, causal)
+            row["reason"] = breach(contestant, row["errors"])
+            if row["reason"] is None:
+                columns = {f"{which}_ms": call for which, call in passes.items()}
+                if queued(passes["both"], 1)[0] < LONG:
+                    columns |= {f"{which}_graph_ms": graph_of(call) for which, call in passes.items()}
+                calls |= {(name, column): call for column, call in columns.items()}
+        except (NotImplementedError, RuntimeError) as error:  # out of memory, or a backend that refuses the call
+            row["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    for (name, column), ms in medians(calls).items():
+        rows[name][column] = ms
+    for row in rows.values():
+        if row["both_ms"] is not None:
             row["backward_ms"] = row["both_ms"] - row["forward_ms"]
-            if row["both_ms"] < LONG:
-                row |= {"forward_graph_ms": graph_median(forward), "both_graph_ms": graph_median(both)}
-    except (NotImplementedError, RuntimeError) as error:  # out of memory, or a backend that refuses the call
-        row["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return row
+    return rows
+
+
+def _forward(contestant: Contestant, x: Arrays) -> Tensor:
+    with torch.no_grad():
+        return contestant.attend(x.q, x.k, x.v, x.log_g)
+
+
+def _both(contestant: Contestant, x: Arrays) -> tuple[Tensor, ...]:
+    y = contestant.attend(x.q, x.k, x.v, x.log_g)
+    return y.detach(), *torch.autograd.grad(y, x.leaves(), x.dy)
 
 
 def kernels(call: Callable[[], Any], calls: int = 3) -> list[dict[str, Any]]:

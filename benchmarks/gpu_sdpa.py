@@ -37,11 +37,9 @@ def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
 
 
-def measure(contestant: gpu.Contestant, shape: Mapping[str, Any]) -> tuple[dict[str, Any], gpu.Arrays]:
-    """A contestant's columns of one row, and the arrays they were measured on."""
+def make(contestant: gpu.Contestant, shape: Mapping[str, Any]) -> gpu.Arrays:
     torch.cuda.empty_cache()
-    x = gpu.make(contestant, shape["b"], shape["t"], shape["h"], shape["d"], t_kv=shape["s"])
-    return gpu.measure(contestant, x, causal=shape["causal"]), x
+    return gpu.make(contestant, shape["b"], shape["t"], shape["h"], shape["d"], t_kv=shape["s"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,9 +101,9 @@ def cell(shape: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]
     found: dict[str, dict[str, Any]] = {}
     where = f"d{shape['d']:4d} t{shape['t']:6d} {'causal' if shape['causal'] else 'full  '}"
     product = 2.0 * TOKENS * shape["t"] * WIDTH / (2 if shape["causal"] else 1)
-    for name in names:
-        contestant = gpu.heads_first(FUSED[name], ours=name == "torch_power", is_causal=shape["causal"])
-        columns, x = measure(contestant, shape)
+    contestants = {name: gpu.heads_first(FUSED[name], ours=name == "torch_power", is_causal=shape["causal"]) for name in names}
+    x = make(contestants["torch_power"], shape)
+    for name, columns in gpu.measure_all(contestants, x, causal=shape["causal"]).items():
         for pass_, products in (("forward", 2), ("backward", 5)):
             ms = columns[f"{pass_}_ms"]
             columns[f"{pass_}_tflops"] = products * product / ms / 1e9 if ms else None
@@ -158,7 +156,7 @@ def diffusion(path: pathlib.Path) -> None:
             contestant = gpu.heads_first(through_compile(attention) if compiled else attention, ours=name == "torch_power")
             for workload, s in (("cross", 77), ("self", 4096)):
                 shape = {"b": 2, "t": 4096, "s": s, "h": 8, "d": 64, "causal": False}
-                columns, _ = measure(contestant, shape)
+                columns = gpu.measure(contestant, make(contestant, shape), causal=False)
                 rows.append({"workload": workload, "contestant": name, "compiled": compiled, **shape, **columns})
                 gpu.save(path, {"about": gpu.about(), "rows": rows})
                 print(f"{workload:5s} {name:16s} {'compiled' if compiled else 'as is   '} {gpu.line(columns)}", flush=True)

@@ -1,10 +1,13 @@
 """Times what a call costs the host: queued calls so short that the device is never the limit.
 
-    python -m benchmarks.host_overhead [--device cpu|cuda] [--t 64] [--calls 200] [--rounds 15] [--out FILE.json]
+    python -m benchmarks.host_overhead [--device cpu|cuda] [--t 64] [--calls 200] [--rounds 15] [--first] [--out FILE.json]
 
 For every contestant, and for PyTorch's own attention beside ours: the time of a queued call ("queued", one wait after all of
 them) and of a call that is waited for ("alone"), forward without gradients and forward and backward. Contestants take turns,
 one measurement each a round; reported are medians. b = 1, h = 2, d = 64, causal, bfloat16.
+
+--first, before those: the first call of each of ours in a process of its own, in which torch, the device and this package are
+ready: what the cost model, the operators and loading the kernels take.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import contextlib
 import datetime
 import json
 import pathlib
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +37,8 @@ flags.DEFINE_enum("device", "cuda", ["cpu", "cuda"], "where to compute", flag_va
 flags.DEFINE_integer("t", 64, "sequence length", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("calls", 200, "calls in one measurement", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("rounds", 15, "measurements of each contestant", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_bool("first", False, "time first calls too", flag_values=FLAGS)
+flags.DEFINE_string("first_of", None, "time the first call of this contestant, print milliseconds, end", flag_values=FLAGS)
 flags.DEFINE_string("out", None, "result file (default: only printed)", flag_values=FLAGS)
 
 Attention = Callable[..., torch.Tensor]
@@ -100,6 +106,26 @@ def microseconds(launch: Callable[[], Any], calls: int, wait: Callable[[], None]
     return 1e6 * queued / calls, 1e6 * (time.perf_counter() - begin) / alone
 
 
+def first_call(function: Attention, as_power: bool, device: str, t: int, wait: Callable[[], None]) -> float:
+    """Milliseconds of the first forward and backward pass in this process."""
+    launch = launches(function, as_power, device, t)["both"]
+    wait()
+    begin = time.perf_counter()
+    launch()
+    wait()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def first_calls(names: Sequence[str], device: str, t: int) -> dict[str, float]:
+    """Milliseconds of the first call of each contestant, in new processes."""
+    found = {}
+    for name in names:
+        command = [sys.executable, "-m", "benchmarks.host_overhead", f"--device={device}", f"--t={t}", f"--first_of={name}"]
+        found[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        print(f"{name:30s} first call, forward and backward {found[name]:7.1f} ms", flush=True)
+    return found
+
+
 def main(argv: Sequence[str]) -> int:
     """The command; returns the exit status."""
     FLAGS.unparse_flags()
@@ -110,6 +136,13 @@ def main(argv: Sequence[str]) -> int:
         return 2
     wait = torch.cuda.synchronize if FLAGS.device == "cuda" else lambda: None
     entrants = list(contestants(FLAGS.device))
+    for name, function, as_power, block in entrants:
+        if name == FLAGS.first_of:
+            with block:
+                print(first_call(function, as_power, FLAGS.device, FLAGS.t, wait))
+            return 0
+    ours = [name for name, *_ in entrants if name.startswith("torch_power")]
+    first = first_calls(ours, FLAGS.device, FLAGS.t) if FLAGS.first else {}
     samples: dict[tuple[str, str], list[tuple[float, float]]] = {}
     made = [launches(function, as_power, FLAGS.device, FLAGS.t) for _, function, as_power, _ in entrants]
     for _ in range(FLAGS.rounds):
@@ -129,7 +162,7 @@ def main(argv: Sequence[str]) -> int:
             "schema": 1, "argv": list(argv[1:]), "commit": run.commit(),
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": {"kind": FLAGS.device, "names": registry.device_names(FLAGS.device)},
-            "environment": measure.environment(), "rows": rows,
+            "environment": measure.environment(), "first_call_ms": first, "rows": rows,
         }  # fmt: skip
         report.write_whole(pathlib.Path(FLAGS.out), json.dumps(report.plain(result), indent=1, allow_nan=False) + "\n")
     return 0

@@ -48,7 +48,7 @@ class SdpaCase:
     @property
     def twins(self) -> tuple[str, ...]:
         """The packages whose function can express this call."""
-        only_jax = self.window is not None or self.query_lengths is not None or self.key_lengths is not None
+        only_jax = self.query_lengths is not None or self.key_lengths is not None
         only_jax |= self.causal and (self.bias is not None or self.mask is not None)
         only_jax |= self.bias is not None and self.mask is not None
         return tuple(twin for twin in TWINS if not (only_jax if twin == "torch" else self.dropout_p > 0))

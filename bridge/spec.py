@@ -365,7 +365,7 @@ class Implementation(NamedTuple):
       wide_output: forward returns y in the compute dtype, not yet rounded to the dtype of v.
       saved_bytes: bytes that the forward pass can keep for the backward pass, for a call whose gradient will be wanted. Both
         then take a buffer `saved` of that size; without it the backward pass works out again what is missing, to the same bits.
-      residual: forward takes `residual=True`, returns as a third array what rounding y left over, and backward takes that.
+      residual: forward takes `residual=True` and returns as a third array digits of y that rounding dropped; backward takes it.
     """
 
     forward: Callable[..., Any]

@@ -70,6 +70,13 @@ class SdpaCall:
         return self.s == 0 or self.key_lengths or any(x is not None for x in (self.window, self.bias, self.mask))
 
 
+def plain_band(causal: bool, window: tuple[int, int] | None, t: int, s: int) -> tuple[bool, tuple[int, int] | None]:
+    """Causality and window that say the same, without a window where none is needed."""
+    if window is None or window[0] < t - 1 or (0 != window[1] < s - 1 and not (causal and window[1] > 0)):
+        return causal, window
+    return causal or window[1] < s - 1, None
+
+
 def default_scale(d: int) -> float:
     """1/sqrt(d), and infinity for d = 0, where every score is an empty sum."""
     return 1.0 / math.sqrt(d) if d else math.inf
@@ -94,19 +101,23 @@ def check_torch_kinds(
     tensor: type, query: Any, key: Any, value: Any, attn_mask: Any, is_causal: Any, enable_gqa: Any
 ) -> None:
     """Raise TypeError, in the words of PyTorch's argument parser, for an argument of the wrong Python type."""
-    for position, (name, x) in enumerate((("query", query), ("key", key), ("value", value)), start=1):
-        if not isinstance(x, tensor):
-            raise _torch_type_error(f"'{name}' (position {position})", "Tensor", x)
+    if not (isinstance(query, tensor) and isinstance(key, tensor) and isinstance(value, tensor)):
+        for position, (name, x) in enumerate((("query", query), ("key", key), ("value", value)), start=1):
+            if not isinstance(x, tensor):
+                raise _torch_type_error(f"'{name}' (position {position})", "Tensor", x)
     if attn_mask is not None and not isinstance(attn_mask, tensor):
         raise _torch_type_error("'attn_mask'", "Tensor", attn_mask)
-    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
-        if not isinstance(flag, bool):
-            raise _torch_type_error(f"'{name}'", "bool", flag)
+    if not isinstance(is_causal, bool):
+        raise _torch_type_error("'is_causal'", "bool", is_causal)
+    if not isinstance(enable_gqa, bool):
+        raise _torch_type_error("'enable_gqa'", "bool", enable_gqa)
 
 
 def check_torch_number(tensor: Any, name: str, x: Any) -> float:
     """Return `x` as a float; raise TypeError unless it is a number, or a tensor of one element that needs no
     gradient."""
+    if type(x) is float:
+        return x
     plain_tensor = isinstance(x, tensor) and len(x.shape) == 0 and not x.requires_grad
     if not plain_tensor and not isinstance(x, numbers.Real):
         raise _torch_type_error(f"'{name}'", "float", x)

@@ -24,6 +24,8 @@ def both_express(case: cases_sdpa.SdpaCase) -> bool:
     They differ in what a query gets that sees no key: 0 in PyTorch, the mean of all values in JAX.
     """
     sees_a_key = not case.hidden_rows and not (case.mask and case.keys < 8) and case.keys > 0
+    if case.window is not None:
+        sees_a_key &= min(case.window) >= 0 and case.t - case.window[0] <= case.keys
     return case.twins == cases_sdpa.TWINS and case.dropout_p == 0 and sees_a_key and not case.strided
 
 
@@ -48,7 +50,7 @@ def _prepare_jax(
     def call(inputs: dict[str, Any]) -> Any:
         return jax_power.dot_product_attention(
             inputs["q"], inputs["k"], inputs["v"], inputs.get("bias"), on_device.get("mask"),
-            scale=case.scale, is_causal=case.causal, implementation=implementation,
+            scale=case.scale, is_causal=case.causal, local_window_size=case.window, implementation=implementation,
         )  # fmt: skip
 
     def both(inputs: dict[str, Any], dy: Any) -> tuple[Any, dict[str, Any]]:
@@ -79,7 +81,7 @@ def _prepare_torch(
         q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
         y = torch_power.scaled_dot_product_attention(
             q, k, v, inputs.get("bias", on_device.get("mask")), is_causal=case.causal, scale=case.scale,
-            enable_gqa=case.h_q != case.h_kv, implementation=implementation,
+            enable_gqa=case.h_q != case.h_kv, local_window_size=case.window, implementation=implementation,
         )  # fmt: skip
         return y.transpose(1, 2)
 

@@ -5,8 +5,25 @@
 
 using namespace power::sdpa;
 
+/* Whether two threads that skip to every second visit of a lane see them all, in the lane's order. */
+static bool skips_agree(const Timetable &table, int block) {
+  Visitor odd_even[2] = {{table, block}, {table, block}};
+  odd_even[0].skip(0), odd_even[1].skip(1);
+  int count = 0;
+  for (Visitor visitor(table, block); visitor.next();)
+    for (; visitor.left > 0; visitor.step(), ++count) {
+      Visitor &other = odd_even[count & 1];
+      if (other.head != visitor.head || other.key_block != visitor.key_block || other.group != visitor.group || other.tile != visitor.tile ||
+          other.left != visitor.left || other.turn() != visitor.turn())
+        return false;
+      other.skip(2);
+    }
+  return odd_even[0].left == 0 && odd_even[1].left == 0;
+}
+
 /* numbers: lanes, teams, heads, sharing, key_blocks, tiles, rounds, spacing, causal. Returns the steps it took, or a negative number:
- * −1 all blocks wait, −2 a key block comes twice, −3 a pair of key block and tile comes twice, −4 some pair is missing. `waits`: steps that
+ * −1 all blocks wait, −2 a key block comes twice, −3 a pair of key block and tile comes twice, −4 some pair is missing or
+ * `visits` miscounts, −5 `skip` goes another way than `next` and `step`. `waits`: steps that
  * blocks spent waiting. A sum that was added to in a step is ready for the next addition one step later. */
 extern "C" int run_timetable(const int *numbers, int *waits) {
   const int *n = numbers;
@@ -28,6 +45,7 @@ extern "C" int run_timetable(const int *numbers, int *waits) {
     return true;
   };
   for (int block = 0; block < blocks; ++block) {
+    if (!skips_agree(table, block)) return -5;
     visitors.emplace_back(table, block);
     visitors[block].left = 0;
     if (!settle(block)) return -2;
@@ -54,7 +72,7 @@ extern "C" int run_timetable(const int *numbers, int *waits) {
   for (int head = 0; head < table.heads * table.sharing; ++head)
     for (int tile = 0; tile < table.tiles; ++tile) {
       const int last = tile / kSpacing + 1, want = table.causal && last < table.key_blocks ? last : table.key_blocks;
-      if (turns[head * table.tiles + tile] != want) return -4;
+      if (turns[head * table.tiles + tile] != want || table.visits(tile) != want) return -4;
     }
   for (char x : taken)
     if (!x) return -4;

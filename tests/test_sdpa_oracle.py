@@ -4,11 +4,12 @@ table."""
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
 
-from bridge import cases, cases_sdpa, oracle_sdpa
+from bridge import cases, cases_sdpa, oracle_sdpa, spec_sdpa
 
 CHECKED = (
     "causal", "causal_more_queries", "gqa", "mqa_wide_value", "negative_scale", "zero_scale", "mask_hides_rows",
@@ -106,3 +107,15 @@ def test_bounds_leave_room_for_rounding_the_result(case):
 
 def test_case_names_are_distinct():
     assert len(cases_sdpa.BY_NAME) == len(cases_sdpa.SDPA)
+
+
+def test_a_band_without_a_needless_window_is_the_same_band():
+    """Every window on up to four queries and keys; those as wide as the sequences go."""
+    for t, s, causal in itertools.product(range(5), range(5), (False, True)):
+        i, j = np.arange(t)[:, None], np.arange(s)
+        for left, right in itertools.product(range(-2, 6), range(-3, 6)):
+            plain_causal, window = spec_sdpa.plain_band(causal, (left, right), t, s)
+            low, high = window or (t, s)
+            want = (i - left <= j) & (j <= i + right) & ((j <= i) | (not causal))
+            assert np.array_equal((i - low <= j) & (j <= i + high) & ((j <= i) | (not plain_causal)), want)
+            assert window is None or left < t - 1 or right != 0 and right < s - 1 and not (causal and right > 0)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_power
@@ -68,6 +69,16 @@ def to_torch(x: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(x)
 
 
+def serving(implementation: str, case: cases_sdpa.SdpaCase) -> str:
+    """`implementation`; skips the test if that has no windows and the case has one."""
+    if implementation == "cpp" and case.window is not None:
+        with pytest.raises(NotImplementedError, match="windows and sequence lengths are not served"):
+            q, k = torch.zeros(1, 1, case.t, 8), torch.zeros(1, 1, case.keys, 8)
+            attention(q, k, k, local_window_size=case.window, implementation=implementation)
+        pytest.skip("no windows")
+    return implementation
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     ("case", "dtype"),
@@ -81,28 +92,21 @@ def test_matches_oracle(case, dtype, implementation, monkeypatch):
     wanted = [x.requires_grad_() for x in (q, k, v, bias) if x is not None]
     # The seed is the one random draw of a call; here it is the one that the oracle has.
     monkeypatch.setattr(torch, "randint", lambda *_, **__: operands["seed"])
-    y = attention(
+    y, lse = attention(
         q, k, v, mask if bias is None else bias, case.dropout_p, case.causal, case.scale, enable_gqa=case.h_q != case.h_kv,
-        implementation=implementation,
+        local_window_size=case.window, implementation=serving(implementation, case), return_residual=True,
     )  # fmt: skip
-    assert y.dtype == q.dtype
+    assert y.dtype == q.dtype and not lse.requires_grad
     grads = torch.autograd.grad(y, wanted, dy)
     got = dict(zip(("dq", "dk", "dv", "dbias"), grads, strict=False)) | {"y": y}
     got = {name: (x if name == "dbias" else x.transpose(1, 2)).detach().double().numpy() for name, x in got.items()}
     want = case.exact(arrays, "zero")
-    del want["lse"]
+    seen = np.isfinite(want["lse"])
+    got["lse"] = lse.transpose(1, 2).double().numpy()
+    assert (got["lse"][~seen] == -np.inf).all()
+    for results in (got, want):
+        results["lse"] = np.where(seen, results["lse"], 0)
     cases.assert_within(cases.errors(got, want, case, arrays["dy"]), cases_sdpa.bounds(dtype, implementation))
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["mask_hides_rows", "gqa", "no_keys"])
-def test_log_sum_exp(name, implementation):
-    case = cases_sdpa.BY_NAME[name]
-    arrays = case.make("float64")
-    q, k, v = (to_torch(arrays[name]).transpose(1, 2) for name in "qkv")
-    mask = to_torch(arrays["mask"]) if "mask" in arrays else None
-    _, lse, _ = ops_sdpa.sdpa_forward(q, k, v, None, mask, None, False, case.d**-0.5, 0.0, implementation)
-    np.testing.assert_allclose(lse.transpose(1, 2), case.exact(arrays, "zero")["lse"], rtol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -436,6 +440,7 @@ COMPILED = {
     "float_mask": {"attn_mask": torch.linspace(-1, 1, 30, dtype=torch.float64).view(5, 6)},
     "bool_mask": {"attn_mask": torch.arange(30).view(5, 6) % 3 > 0},
     "gqa": {"enable_gqa": True},
+    "window": {"local_window_size": (2, 1)},
 }
 
 
@@ -478,7 +483,7 @@ def test_opcheck(implementation, mask, dropout_p):
     bias = normal(2, 1, 5, 6) if mask == "float" else None
     keep = torch.rand(1, 4, 5, 1) < 0.7 if mask == "bool" else None
     seed = torch.tensor([3, 2**62]) if dropout_p else None
-    operands, numbers = (q, k, v, bias, keep, seed), (False, 0.3, dropout_p)
+    operands, numbers = (q, k, v, bias, keep, seed), (False, None, 0.3, dropout_p)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(ops_sdpa.sdpa_forward, (*operands, *numbers, implementation), test_utils=tests)
     out, lse, residual = ops_sdpa.sdpa_forward(*operands, *numbers, implementation)
@@ -486,8 +491,35 @@ def test_opcheck(implementation, mask, dropout_p):
     torch.library.opcheck(ops_sdpa.sdpa_backward, backward, test_utils=tests)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "reference"])
+def test_window(implementation):
+    """One number stands for two; causality from the lower right is a window, for torch's own bias says the same."""
+    q, k = normal(2, 4, 5, 8), normal(2, 4, 9, 8)
+    attend = functools.partial(attention, q, k, k, implementation=implementation)
+    assert torch.equal(attend(local_window_size=2), attend(local_window_size=(2, 2)))
+    lower_right = causal_lower_right(5, 9)
+    want = F.scaled_dot_product_attention(q, k, k, lower_right)
+    torch.testing.assert_close(attend(local_window_size=(5, 9 - 5)), want)
+    torch.testing.assert_close(attend(lower_right), want)
+    torch.testing.assert_close(attend(causal_upper_left(5, 9)), attend(is_causal=True))
+    torch.testing.assert_close(attend(lower_right, local_window_size=(1, 9)), attend(local_window_size=(1, 4)))
+    with pytest.raises(ValueError, match="CausalBias should not be used with causal=True"):
+        attend(lower_right, is_causal=True)
+    with pytest.raises(RuntimeError, match="a CausalBias of 4 queries and 9 keys, for 5 and 9"):
+        attend(causal_lower_right(4, 9))
+    mapped = torch.vmap(lambda x: attention(x, k[0], k[0], local_window_size=1, implementation=implementation))(q)
+    each = [attention(x, k[0], k[0], local_window_size=1, implementation=implementation) for x in q]
+    torch.testing.assert_close(mapped, torch.stack(each))
+    for wrong in (1.5, (1, 2, 3), (1, 2.0), "all"):
+        with pytest.raises(ValueError, match="local_window_size should be an integer or a pair of integers, but got"):
+            attend(local_window_size=wrong)
+
+
 def test_a_list_of_which_none_serves_names_every_reason():
     q = normal(1, 2, 5, 8)
+    told = "'cuda' cannot serve this call: device cpu: .*'cpp' cannot serve this call: windows .*; implementation='eager' would"
+    with torch_power.implementation(["cuda", "cpp"]), pytest.raises(NotImplementedError, match=told):
+        attention(q, q, q, local_window_size=2)
     with pytest.raises(NotImplementedError, match="'cuda' cannot serve this call: device cpu: .*; implementation='.*' would"):
         attention(q, q, q, implementation="cuda")
     assert attention(q, q, q, implementation=["cuda", "eager"]).shape == q.shape

@@ -10,7 +10,7 @@ keep every element's bits).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,21 +34,24 @@ SDPA: dict[str, spec.Implementation] = {
 
 @remembered
 def _call(
-    q: Any, k: Any, v: Any, bias: Any, mask: Any, causal: bool, scale: float, dropout_p: float, bias_grad: bool
-) -> SdpaCall:
+    q: Any, k: Any, v: Any, bias: Any, mask: Any, causal: bool, window: tuple[int, int] | None, scale: float,
+    dropout_p: float, bias_grad: bool,
+) -> SdpaCall:  # fmt: skip
     b, h_q, t, d = q.shape
     shapes = [None if x is None else tuple(x.shape) for x in (bias, mask)]
     return SdpaCall(
         b=b, t=t, s=k.shape[2], h_q=h_q, h_kv=k.shape[1], d=d, e=v.shape[3], scale=scale, dtype=spec.dtype_name(q),
-        causal=causal, bias=shapes[0], mask=shapes[1], bias_grad=bias_grad, dropout_p=dropout_p,
+        causal=causal, window=window, bias=shapes[0], mask=shapes[1], bias_grad=bias_grad, dropout_p=dropout_p,
     )  # fmt: skip
 
 
 def make_call(
-    q: Any, k: Any, v: Any, bias: Any, mask: Any, *, causal: bool, scale: float, dropout_p: float, bias_grad: bool
-) -> SdpaCall:
+    q: Any, k: Any, v: Any, bias: Any, mask: Any, *, causal: bool, scale: float, dropout_p: float, bias_grad: bool,
+    window: Sequence[int] | None = None,
+) -> SdpaCall:  # fmt: skip
     """The call that checked four-dimensional operands make: tensors, or their signatures."""
-    return _call(*signatures(q, k, v, bias, mask), causal, scale, dropout_p, bias_grad)
+    pair = None if window is None else (window[0], window[1])
+    return _call(*signatures(q, k, v, bias, mask), causal, pair, scale, dropout_p, bias_grad)
 
 
 @operator("sdpa")
@@ -60,32 +63,35 @@ def sdpa_forward(
     mask: Tensor | None,
     seed: Tensor | None,
     causal: bool,
+    window: Sequence[int] | None,
     scale: float,
     dropout_p: float,
     implementation: str,
     residual: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out `[b, h_q, t, e]`, stored as q is (`heads_last`), the log-sum-exp of every row `[b, h_q, t]`, and what rounding out
-    left over, like out, if `residual` asks for it and the implementation has it, else a tensor of shape [0].
+    """out `[b, h_q, t, e]`, stored as q is (`heads_last`), the log-sum-exp of every row `[b, h_q, t]`, and eight more digits of
+    out, bytes stored like it, if `residual` asks for them and the implementation has them, else a tensor of shape [0].
 
     dout·out, which the backward pass needs, is too coarse from a rounded out where softmax is concentrated: bfloat16 q and
     k of standard deviation 8 have errors of 7e-3 in dq and dk, and 2e-3 with the residual.
     """
-    call = make_call(q, k, v, bias, mask, causal=causal, scale=scale, dropout_p=dropout_p, bias_grad=False)
+    options: Any = {"causal": causal, "window": window, "scale": scale, "dropout_p": dropout_p}
+    call = make_call(q, k, v, bias, mask, **options, bias_grad=False)
     with without_autocast(q.device):
         if residual and SDPA[implementation].residual:
             return SDPA[implementation].forward(call, q, k, v, bias, mask, seed, residual=True)
         out, lse, *_ = SDPA[implementation].forward(call, q, k, v, bias, mask, seed)
-        return out, lse, lse.new_empty(0)
+        return out, lse, lse.new_empty(0, dtype=torch.uint8)
 
 
-def _fake(q, k, v, bias, mask, seed, causal, scale, dropout_p, implementation, residual=False):
+def _fake(q, k, v, bias, mask, seed, causal, window, scale, dropout_p, implementation, residual=False):
     b, h_q, t, _ = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     dtype = wide if SDPA[implementation].wide_output else v.dtype
     lse = q.new_empty(b, h_q, t, dtype=wide)
     kept = residual and SDPA[implementation].residual
-    return rows_like(q, v.shape[3], dtype), lse, rows_like(q, v.shape[3], dtype) if kept else lse.new_empty(0)
+    rest = rows_like(q, v.shape[3], torch.uint8) if kept else lse.new_empty(0, dtype=torch.uint8)
+    return rows_like(q, v.shape[3], dtype), lse, rest
 
 
 @operator("sdpa_backward")
@@ -101,20 +107,24 @@ def sdpa_backward(
     residual: Tensor,
     dout: Tensor,
     causal: bool,
+    window: Sequence[int] | None,
     scale: float,
     dropout_p: float,
     bias_grad: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dbias, contiguous; dbias has shape [0] unless `bias_grad`."""
-    call = make_call(q, k, v, bias, mask, causal=causal, scale=scale, dropout_p=dropout_p, bias_grad=bias_grad)
+    options: Any = {"causal": causal, "window": window, "scale": scale, "dropout_p": dropout_p}
+    call = make_call(q, k, v, bias, mask, **options, bias_grad=bias_grad)
     with without_autocast(q.device):
         extra = {} if residual.ndim == 1 else {"residual": residual}
         dq, dk, dv, dbias = SDPA[implementation].backward(call, q, k, v, bias, mask, seed, out, lse, dout, **extra)
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), lse.new_empty(0) if dbias is None else dbias.contiguous()
 
 
-def _fake_backward(q, k, v, bias, mask, seed, out, lse, residual, dout, causal, scale, dropout_p, bias_grad, implementation):
+def _fake_backward(
+    q, k, v, bias, mask, seed, out, lse, residual, dout, causal, window, scale, dropout_p, bias_grad, implementation
+):  # fmt: skip
     grads = (x.new_empty(x.shape) for x in (q, k, v))
     return *grads, bias.new_empty(bias.shape) if bias_grad else lse.new_empty(0)
 
@@ -152,7 +162,7 @@ def _fold_forward(operator: Any) -> Callable[..., Any]:
 
 def _fold_backward(operator: Any) -> Callable[..., Any]:
     def rule(info, in_dims, *args):
-        bias, bias_grad = args[3], args[13]
+        bias, bias_grad = args[3], args[14]
         dq, dk, dv, dbias = operator(*_fold(info.batch_size, args, in_dims, whole_batch=frozenset({3} if bias_grad else {})))
         dq, dk, dv = (x.unflatten(0, (info.batch_size, -1)) for x in (dq, dk, dv))
         if not bias_grad:
@@ -178,13 +188,13 @@ class Sdpa(Function):
     """Autograd of the two raw operators. out comes in the precision it was computed in; the caller rounds it."""
 
     @staticmethod
-    def forward(q, k, v, bias, mask, seed, causal, scale, dropout_p, implementation, residual):
+    def forward(q, k, v, bias, mask, seed, causal, window, scale, dropout_p, implementation, residual):
         forward = FORWARD.get(implementation, sdpa_forward)
-        return forward(q, k, v, bias, mask, seed, causal, scale, dropout_p, implementation, residual)
+        return forward(q, k, v, bias, mask, seed, causal, window, scale, dropout_p, implementation, residual)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *arrays, ctx.causal, ctx.scale, ctx.dropout_p, ctx.implementation, _ = inputs
+        *arrays, ctx.causal, ctx.window, ctx.scale, ctx.dropout_p, ctx.implementation, _ = inputs
         out, lse, residual = output
         ctx.mark_non_differentiable(lse, residual)
         ctx.save_for_backward(*arrays, out, lse, residual)
@@ -197,8 +207,9 @@ class Sdpa(Function):
         bias_grad = saved[3] is not None and ctx.needs_input_grad[3]
         # Without a graph (`create_graph`, torch.func) there is no second derivative to refuse.
         differentiate: Any = SdpaBackward.apply if torch.is_grad_enabled() else SdpaBackward.forward
-        dq, dk, dv, dbias = differentiate(*saved, dout, ctx.causal, ctx.scale, ctx.dropout_p, bias_grad, ctx.implementation)
-        return dq, dk, dv, dbias if bias_grad else None, *[None] * 7
+        options = ctx.causal, ctx.window, ctx.scale, ctx.dropout_p
+        dq, dk, dv, dbias = differentiate(*saved, dout, *options, bias_grad, ctx.implementation)
+        return dq, dk, dv, dbias if bias_grad else None, *[None] * 8
 
 
 class SdpaBackward(Function):
@@ -206,9 +217,11 @@ class SdpaBackward(Function):
     its levels off an `autograd.Function`, while it cannot enter a custom operator."""
 
     @staticmethod
-    def forward(q, k, v, bias, mask, seed, out, lse, residual, dout, causal, scale, dropout_p, bias_grad, implementation):
+    def forward(
+        q, k, v, bias, mask, seed, out, lse, residual, dout, causal, window, scale, dropout_p, bias_grad, implementation
+    ):  # fmt: skip
         return BACKWARD.get(implementation, sdpa_backward)(
-            q, k, v, bias, mask, seed, out, lse, residual, dout, causal, scale, dropout_p, bias_grad, implementation
+            q, k, v, bias, mask, seed, out, lse, residual, dout, causal, window, scale, dropout_p, bias_grad, implementation
         )  # fmt: skip
 
     @staticmethod

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from bridge import spec_sdpa
 from torch_power import ops_sdpa
@@ -17,6 +18,36 @@ from torch_power.choice import CHOICE, autocast_available
 from torch_power.layout import heads_last
 
 
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | Sequence[str] | None = None,
+    return_residual: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | Sequence[str] | None = None,
+    return_residual: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def scaled_dot_product_attention(
     query: Float[Tensor, "*b h_q t d"],
     key: Float[Tensor, "*b h_kv s d"],
@@ -27,8 +58,10 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    local_window_size: int | tuple[int, int] | None = None,
     implementation: str | Sequence[str] | None = None,
-) -> Float[Tensor, "*b h_q t e"]:
+    return_residual: bool = False,
+) -> Float[Tensor, "*b h_q t e"] | tuple[Float[Tensor, "*b h_q t e"], Float[Tensor, "*b h_q t"]]:
     """Softmax attention with the arguments and the meaning of `torch.nn.functional.scaled_dot_product_attention`.
 
         S_ij = scale · <q_i, k_j> + bias_ij,        P_i· = softmax over the keys that i may see,        y_i = Σ_j P_ij
@@ -43,46 +76,71 @@ def scaled_dot_product_attention(
       key: `[..., s, d]`.
       value: `[..., s, e]`, e ≠ d allowed.
       attn_mask: bool, False hides a key, or floating (float32 or query's dtype) and added to the scores. Any shape that
-        broadcasts to the scores' `[..., h_q, t, s]`. A floating one has a gradient.
+        broadcasts to the scores' `[..., h_q, t, s]`. A floating one has a gradient. Or a `CausalBias` of
+        `torch.nn.attention.bias`.
       dropout_p: probability that a weight P_ij is set to 0; those kept are divided by 1 − p. Applied whenever it is
         above 0. Its bits come from PyTorch's generator (one seed for each batch element) and are made again, not kept,
         for the backward pass.
       is_causal: query i sees keys 0 … i, whatever t and s are. Not together with `attn_mask`.
       scale: any number, 0 and negatives too; 1/sqrt(d) for None.
       enable_gqa: query head i reads key head `i // (h_q // h_kv)`, and values likewise.
+      local_window_size: (left, right), or one number for both: query i sees keys i − left … i + right. Causality from
+        the lower right is (t, s − t).
       implementation: name of one, or several in order of preference; None for the fastest that supports the call, or
         for what `torch_power.implementation` has set.
+      return_residual: also return the log-sum-exp of every row of scores, without a gradient.
     Returns:
-      y in the dtype of the operands. A query that sees no key has y = 0, and gradient 0.
+      y in the dtype of the operands; with `return_residual`, also lse `[..., h_q, t]`, float32 (float64 for float64). A
+      query that sees no key has y = 0 and gradient 0, and lse −∞.
     Raises:
       RuntimeError, TypeError, IndexError: as PyTorch's function, for arguments that it refuses.
-      ValueError: `implementation` is not a name in this operation's table.
+      ValueError: `local_window_size` is no integer or pair of them; `implementation` is not a name in this operation's
+        table.
       NotImplementedError: an implementation asked for lacks something this call needs, or the dtype is not floating.
     """
     spec_sdpa.check_torch_kinds(Tensor, query, key, value, attn_mask, is_causal, enable_gqa)
     dropout_p = spec_sdpa.check_torch_number(Tensor, "dropout_p", dropout_p)
     if scale is not None:
         scale = spec_sdpa.check_torch_number(Tensor, "scale", scale)
+    window = None if local_window_size is None else spec_sdpa.check_window(local_window_size)
+    if isinstance(attn_mask, CausalBias):
+        window = _causal_window(attn_mask, query, key, is_causal, window)
+        attn_mask = None
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     bias_grad = attn_mask is not None and attn_mask.requires_grad
-    options = dropout_p, is_causal, scale, enable_gqa, bias_grad, implementation, CHOICE.in_force()
+    options = dropout_p, is_causal, window, scale, enable_gqa, bias_grad, implementation, CHOICE.in_force()
     plan = _plan(*signatures(query, key, value, attn_mask), *options)
 
-    q, k, v = (_four_axes(x, plan.batch, h) for x, h in zip((query, key, value), plan.heads, strict=True))
+    q, k, v = query, key, value
+    if not plan.whole:
+        q, k, v = (_four_axes(x, plan.batch, h) for x, h in zip((q, k, v), plan.heads, strict=True))
     bias = mask = None
     if attn_mask is not None:
         operand = attn_mask.expand(plan.mask or ()).flatten(0, -4)
         bias, mask = (None, operand) if attn_mask.dtype == torch.bool else (operand, None)
     seed = torch.randint(2**63 - 1, (q.shape[0],), device=q.device) if dropout_p > 0 else None
-    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
+    training = (q.requires_grad or k.requires_grad or v.requires_grad or bias_grad) and torch.is_grad_enabled()
     run = ops_sdpa.Sdpa.apply if training or transforms_active() else ops_sdpa.Sdpa.forward
-    out, *_ = run(
-        q, k, v, bias, mask, seed, is_causal, plan.call.scale, dropout_p, plan.implementation, training
-    )  # fmt: skip
-    out = out.to(value.dtype)
+    band = plan.call.causal, plan.call.window
+    out, lse, _ = run(q, k, v, bias, mask, seed, *band, plan.call.scale, dropout_p, plan.implementation, training)
+    out = out if out.dtype == value.dtype else out.to(value.dtype)
     out = out if len(plan.leading) == 2 else out.reshape(*plan.leading, *out.shape[2:])
     # As PyTorch's function does, keep queries stored [b, t, h, d] in that order: heads then merge without a copy.
-    return out if query.ndim == 4 and heads_last(query) else out.contiguous()
+    out = out if out.is_contiguous() or query.ndim == 4 and heads_last(query) else out.contiguous()
+    return (out, lse.reshape(*plan.leading, lse.shape[2])) if return_residual else out
+
+
+def _causal_window(
+    bias: CausalBias, query: Tensor, key: Tensor, is_causal: bool, window: tuple[int, int] | None
+) -> tuple[int, int]:
+    """The window that `bias` and `window` leave together."""
+    if is_causal:
+        raise ValueError("CausalBias should not be used with causal=True")
+    t, s = bias.seq_len_q, bias.seq_len_kv
+    if (t, s) != (query.shape[-2], key.shape[-2]):
+        raise RuntimeError(f"attn_mask: a CausalBias of {t} queries and {s} keys, for {query.shape[-2]} and {key.shape[-2]}")
+    left, right = (t, s) if window is None else window
+    return left, min(right, s - t if bias.variant == CausalVariant.LOWER_RIGHT else 0)
 
 
 def _autocast(*arrays: Any) -> list[Any]:
@@ -98,22 +156,25 @@ class _Plan(NamedTuple):
     """What the signature of a call decides: who serves it, and how its operands become four axes.
 
     Axes before the heads are made equal (`batch`) and merged into one; heads of q, k and v are left as few as the broadcast
-    allows, since every implementation lets several query heads read one key-value head. `mask` is the mask's shape before that
-    merge, with axes of size 1 where it broadcasts; `leading` are the result's axes before time.
+    allows, since every implementation lets several query heads read one key-value head. `whole`: q, k and v have four axes as
+    they are, as nearly always; views that change nothing cost 3 µs each. `mask` is the mask's shape before that merge, axes
+    of size 1 where it broadcasts; `leading` are the result's axes before time.
     """
 
     call: spec_sdpa.SdpaCall
     implementation: str
     batch: tuple[int, ...]
     heads: tuple[int, int, int]
+    whole: bool
     mask: tuple[int, ...] | None
     leading: tuple[int, ...]
 
 
 @remembered
 def _plan(
-    query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool,
-    bias_grad: bool, implementation: str | Sequence[str] | None, in_force: tuple[str, ...] | None,
+    query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: float, is_causal: bool, window: tuple[int, int] | None,
+    scale: float | None, enable_gqa: bool, bias_grad: bool, implementation: str | Sequence[str] | None,
+    in_force: tuple[str, ...] | None,
 ) -> _Plan:  # fmt: skip
     """Check the call and choose who serves it; of the operands, only shape, dtype and device are looked at."""
     spec_sdpa.check_torch(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
@@ -139,20 +200,20 @@ def _plan(
     )
     operand = None if mask is None else Signature((math.prod(mask[:-3]), *mask[-3:]), attn_mask.dtype, attn_mask.device)
     bias, mask_operand = (None, operand) if operand is None or operand.dtype == torch.bool else (operand, None)
+    causal, window = spec_sdpa.plain_band(is_causal, window, query.shape[-2], key.shape[-2])
     call = ops_sdpa.make_call(
-        q, k, v, bias, mask_operand, causal=is_causal, dropout_p=dropout_p, bias_grad=bias is not None and bias_grad,
-        scale=spec_sdpa.default_scale(query.shape[-1]) if scale is None else scale,
+        q, k, v, bias, mask_operand, causal=causal, window=window, dropout_p=dropout_p,
+        bias_grad=bias is not None and bias_grad, scale=spec_sdpa.default_scale(query.shape[-1]) if scale is None else scale,
     )  # fmt: skip
     asked = in_force if implementation is None else implementation
     name = CHOICE.choose("scaled_dot_product_attention", call, asked, query.device.type)
-    return _Plan(call, name, batch, (h_q, h_kv, h_kv), mask, leading)
+    whole = all(tuple(x.shape) == four.shape for x, four in zip((query, key, value), (q, k, v), strict=True))
+    return _Plan(call, name, batch, (h_q, h_kv, h_kv), whole, mask, leading)
 
 
 def _four_axes(x: Tensor, batch: tuple[int, ...], heads: int) -> Tensor:
     """An operand as `[b, heads, length, size]`."""
     shape = (math.prod(batch), heads, *x.shape[-2:])
-    if x.shape == shape:  # as nearly always: views that change nothing cost 3 µs each
-        return x
     x = x if x.ndim > 2 else x.unsqueeze(0)
     # Only grouped-query calls whose keys and values differ in heads, both more than one, have anything to repeat.
     x = x if x.shape[-3] in (1, heads) else x.repeat_interleave(heads // x.shape[-3], -3)

@@ -13,6 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import torch_power  # noqa: E402
 from bridge import cases, cases_sdpa, oracle_sdpa, spec_sdpa  # noqa: E402
 from torch_power.cuda import library  # noqa: E402
 from torch_power.cuda import sdpa as kernels  # noqa: E402
@@ -123,7 +124,7 @@ def distance(x: torch.Tensor, want: torch.Tensor, dy: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matrix(dtype, heads, sizes, causal, window):
     """Within the contract's bounds, and at most twice the error of PyTorch's operations in the same precision (1e-4 where those
-    are exact, as with one key). By the raw interface, as PyTorch's function has no window."""
+    are exact, as with one key)."""
     (h_q, h_kv), (d, e) = HEADS[heads], sizes
     bounds = cases_sdpa.bounds(dtype, "cuda")
     torch.manual_seed(0)
@@ -133,13 +134,16 @@ def test_matrix(dtype, heads, sizes, causal, window):
         b = 2 if t < 1000 else 1
         shapes = (b, h_q, t, d), (b, h_kv, s, d), (b, h_kv, s, e), (b, h_q, t, e)
         q, k, v, dy = (torch.randn(shape, device="cuda").to(DTYPES[dtype]) for shape in shapes)
-        call = spec_sdpa.SdpaCall(
-            b=b, t=t, s=s, h_q=h_q, h_kv=h_kv, d=d, e=e, scale=d**-0.5, dtype=dtype, causal=causal, window=WINDOWS[window]
-        )
-        y, lse, residual = kernels.forward(call, q, k, v, None, None, None, residual=True)
-        gradients = kernels.backward(call, q, k, v, None, None, None, y, lse, dy, residual)
-        got = dict(zip(("y", "dq", "dk", "dv"), (y, *gradients[:3]), strict=True))
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        y, lse = attention(
+            *leaves, is_causal=causal, enable_gqa=True, local_window_size=WINDOWS[window], return_residual=True,
+            implementation="cuda",
+        )  # fmt: skip
+        got = dict(zip(("y", "dq", "dk", "dv"), gradients(y, leaves, dy), strict=True))
         seen = seen_keys(t, s, causal, WINDOWS[window])
+        scores = (q.double() @ k.double().repeat_interleave(h_q // h_kv, 1).mT * d**-0.5).masked_fill(~seen, -torch.inf)
+        torch.testing.assert_close(lse.double(), torch.logsumexp(scores, -1), atol=1e-3, rtol=1e-3)
+        del scores
         exact = reference(q, k, v, dy, seen, d**-0.5, torch.float64)
         rough = reference(q, k, v, dy, seen, d**-0.5, DTYPES[dtype])
         for name, want in exact.items():
@@ -251,8 +255,24 @@ def test_gradient_of_the_mask(shape, mask_dtype):
     assert got.dtype == mask_dtype and distance(got, want, dy) <= cases_sdpa.bounds("bfloat16", "cuda")["dbias"]
 
 
+def test_dropout_comes_from_the_generator():
+    """The same seed gives the same bits, forward and backward; the next call draws others."""
+    leaves = [normal(2, 3, 200, 64).requires_grad_() for _ in range(3)]
+    dy = normal(2, 3, 200, 64)
+
+    def run() -> list[torch.Tensor]:
+        return gradients(attention(*leaves, dropout_p=0.3, implementation="cuda"), leaves, dy)
+
+    torch.manual_seed(11)
+    first, second = run(), run()
+    torch.manual_seed(11)
+    again = run()
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    assert not any(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
 def test_bottom_right_causal():
-    """A field of the raw interface, which no public function asks for yet: key j ≤ i + t_kv − t_q."""
+    """A field of the raw interface, key j ≤ i + t_kv − t_q; the public function says the same by a window."""
     q, k, v = normal(1, 2, 100, 64), normal(1, 2, 170, 64), normal(1, 2, 170, 64)
     bottom_right = 2  # PowerCausal
     arrays = q, k, v, None, None, None
@@ -261,6 +281,16 @@ def test_bottom_right_causal():
     scores = (q.double() @ k.double().mT * 0.125).masked_fill(~seen, -torch.inf)
     assert distance(out, torch.softmax(scores, -1) @ v.double(), q) <= 3e-3
     assert torch.allclose(lse.double(), torch.logsumexp(scores, -1), atol=1e-4)
+    assert torch.equal(attention(q, k, v, local_window_size=(100, 70), implementation="cuda"), out)
+
+
+def test_the_first_choice_that_can_serves():
+    q, k = normal(1, 2, 50, 64), normal(1, 2, 50, 64)
+    with torch_power.implementation(["cpp", "cuda"]):
+        assert torch.equal(attention(q, k, k), attention(q, k, k, implementation="cuda"))
+    told = "'cuda' cannot serve this call: dtype float32.*'cpp' cannot serve this call: it runs on the CPU"
+    with torch_power.implementation(["cuda", "cpp"]), pytest.raises(NotImplementedError, match=told):
+        attention(q.float(), k.float(), k.float())
 
 
 def test_arrays_that_the_copy_engine_cannot_address():

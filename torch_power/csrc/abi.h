@@ -130,8 +130,9 @@ typedef struct PowerSdpaShape {
  * (stride 0 where one is broadcast);  lse [b, h_q, t_q];  seed [b], int64 (dtype is not read).
  * bias, dbias and lse are float32, or float64 when `dtype` is; so may out and dout be, to leave the rounding to the caller. mask is a bool one, true = keep; bias is added to the scores.
  * lse: log Σ_j exp(score_ij), −inf for a row that sees no key (its output is 0).
- * residual: what rounding out to its dtype left over, in that dtype (float16: times 2^11), so that the backward pass has dout·out to the
- * digits of float32. Where softmax is concentrated, dq and dk need them. Written by forward and read by backward if present; of sm90 only.
+ * residual: [b, h_q, t_q, e], a byte a number (dtype is not read): the eight binary digits of out that its dtype has no room for, for
+ * dout·out in the backward pass. Where softmax is concentrated, dq and dk need them. Written by forward and read by backward if present; of
+ * sm90 only.
  * dbias has the bias's own strides: axes of stride 0 are summed over.
  * Dropout: Philox 4×32-7, counter (key / 4, query, head, 0), key the two halves of the batch element's seed; a weight is kept,
  * times 1/(1 − p), when word `key % 4` is at least round(p·2³²). */

@@ -26,7 +26,7 @@ inline int32_t dtype_of(const Tensor &x) {
     case ScalarType::BFloat16: return POWER_BFLOAT16;
     case ScalarType::Half: return POWER_FLOAT16;
     case ScalarType::Bool: return POWER_BOOL;
-    case ScalarType::Long: return -1;  // seeds: abi.h reads no dtype there
+    case ScalarType::Long: case ScalarType::Byte: return -1;  // seeds and residuals: abi.h reads no dtype there
     default: STD_TORCH_CHECK(false, "torch_power: a dtype the kernels do not know");
   }
   return -1;

@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor> sdpa_forward(const Tensor &q, const Tensor &k
   check_broadcast("mask", mask, q, s);
   check_sizes("seed", seed, q, {s.b});
   Tensor out = make_rows(q, s, s.e, v.scalar_type()), lse = make(q, {s.b, s.h_q, s.t_q}, ScalarType::Float);
-  Tensor rest = residual ? make_rows(q, s, s.e, v.scalar_type()) : make(q, {0}, ScalarType::Float);
+  Tensor rest = residual ? make_rows(q, s, s.e, ScalarType::Byte) : make(q, {0}, ScalarType::Byte);
   const Tensor q_used = tileable(q), k_used = tileable(k), v_used = tileable(v);
   PowerSdpaArrays a = {};
   a.q = strided(q_used), a.k = strided(k_used), a.v = strided(v_used), a.bias = array(bias), a.mask = array(mask), a.seed = array(seed);
@@ -251,16 +251,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sdpa_backward(const Tensor &q, const 
 // ---- The raw operators of scaled dot-product attention ---------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor> sdpa(const Tensor &q, const Tensor &k, const Tensor &v, const Maybe &bias, const Maybe &mask,
-                                        const Maybe &seed, bool causal, double scale, double dropout_p, std::string, bool residual) {
-  return sdpa_forward(q, k, v, bias, mask, seed, causal, {}, scale, dropout_p, residual);
+                                        const Maybe &seed, bool causal, Window window, double scale, double dropout_p, std::string,
+                                        bool residual) {
+  return sdpa_forward(q, k, v, bias, mask, seed, causal, window, scale, dropout_p, residual);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sdpa_gradient(const Tensor &q, const Tensor &k, const Tensor &v, const Maybe &bias,
                                                          const Maybe &mask, const Maybe &seed, const Tensor &out, const Tensor &lse,
-                                                         const Tensor &residual, const Tensor &dout, bool causal, double scale,
-                                                         double dropout_p, bool bias_grad, std::string) {
+                                                         const Tensor &residual, const Tensor &dout, bool causal, Window window,
+                                                         double scale, double dropout_p, bool bias_grad, std::string) {
   const Maybe rest = residual.dim() == 1 ? Maybe() : Maybe(residual);
-  return sdpa_backward(q, k, v, bias, mask, seed, out, lse, rest, dout, causal, {}, scale, dropout_p, bias_grad);
+  return sdpa_backward(q, k, v, bias, mask, seed, out, lse, rest, dout, causal, window, scale, dropout_p, bias_grad);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torch_power, m) {
@@ -287,12 +288,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torch_power, m) {
       "Tensor saved, Tensor dy, Tensor? ds, Tensor? dz, int deg, float scale, bool causal, bool normalize, str form, int chunk_size, "
       "bool return_state, str implementation, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "sdpa_cuda(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? seed, bool causal, float scale, float dropout_p, "
-      "str implementation, bool residual) -> (Tensor, Tensor, Tensor)");
+      "sdpa_cuda(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? seed, bool causal, int[]? window, float scale, "
+      "float dropout_p, str implementation, bool residual) -> (Tensor, Tensor, Tensor)");
   m.def(
       "sdpa_gradient_cuda(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? seed, Tensor out, Tensor lse, "
-      "Tensor residual, Tensor dout, bool causal, float scale, float dropout_p, bool bias_grad, str implementation) -> "
-      "(Tensor, Tensor, Tensor, Tensor)");
+      "Tensor residual, Tensor dout, bool causal, int[]? window, float scale, float dropout_p, bool bias_grad, "
+      "str implementation) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_power, CUDA, m) {

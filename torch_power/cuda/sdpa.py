@@ -35,7 +35,7 @@ def forward(
     residual: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """out `[b, h_q, t, e]` in the dtype of v, stored as q is, every row's log-sum-exp `[b, h_q, t]` in float32, and, if asked
-    for, what rounding out left over, stored like out.
+    for, eight more digits of out, bytes stored like it.
 
     Arrays that the copy engine cannot address (a last axis that is not contiguous, strides that are not multiples of 16 bytes)
     are copied once.

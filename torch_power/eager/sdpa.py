@@ -194,15 +194,25 @@ def _head_blocks(call: SdpaCall) -> Iterator[_Heads]:
             yield _Heads(call, batch, kv_heads, query_rows)
 
 
+def _band(call: SdpaCall) -> tuple[int, int]:
+    """Query i sees keys i − left … i + right at most; as many as there are tokens where nothing says less."""
+    left, right = call.window or (call.t, call.s)
+    return left, min(right, 0) if call.causal else right
+
+
 def _visible_blocks(call: SdpaCall, rows: slice) -> Iterator[slice]:
     """Blocks of keys that some query of `rows` may see."""
-    return _blocks(min(call.s, rows.stop) if call.causal else call.s, KEY_ROWS)
+    left, right = _band(call)
+    for cols in _blocks(min(call.s, rows.stop + right), KEY_ROWS):
+        if cols.stop > rows.start - left:
+            yield cols
 
 
 def _seeing_blocks(call: SdpaCall, cols: slice, query_rows: int) -> Iterator[slice]:
     """Blocks of queries that may see some key of `cols`."""
+    left, right = _band(call)
     for rows in _blocks(call.t, query_rows):
-        if not call.causal or rows.stop > cols.start:
+        if rows.stop + right > cols.start and cols.stop > rows.start - left:
             yield rows
 
 
@@ -214,10 +224,13 @@ def _hide(
         scores += heads.operand(bias, rows, cols)
     if mask is not None:
         scores.masked_fill_(heads.operand(mask, rows, cols).logical_not(), -torch.inf)
-    if call.causal and cols.stop - 1 > rows.start:
-        query = torch.arange(rows.start, rows.stop, device=scores.device)
-        key = torch.arange(cols.start, cols.stop, device=scores.device)
-        scores.masked_fill_(key > query[:, None], -torch.inf)
+    left, right = _band(call)
+    query = torch.arange(rows.start, rows.stop, device=scores.device)[:, None]
+    key = torch.arange(cols.start, cols.stop, device=scores.device)
+    if cols.stop - 1 > rows.start + right:
+        scores.masked_fill_(key > query + right, -torch.inf)
+    if cols.start < rows.stop - 1 - left:
+        scores.masked_fill_(key < query - left, -torch.inf)
 
 
 def _dropout_gains(call: SdpaCall, heads: _Heads, rows: slice, cols: slice, seed: Tensor, like: Tensor) -> Tensor:

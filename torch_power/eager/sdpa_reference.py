@@ -66,9 +66,11 @@ def _scores(call: SdpaCall, q: Tensor, k: Tensor, bias: Tensor | None, mask: Ten
         scores = scores + bias
     if mask is not None:
         scores = scores.masked_fill(mask.logical_not(), -torch.inf)
+    ahead = torch.arange(call.s, device=q.device) - torch.arange(call.t, device=q.device)[:, None]
     if call.causal:
-        upper = torch.ones(call.t, call.s, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(upper, -torch.inf)
+        scores = scores.masked_fill(ahead > 0, -torch.inf)
+    if call.window is not None:
+        scores = scores.masked_fill((ahead < -call.window[0]) | (ahead > call.window[1]), -torch.inf)
     return scores
 
 

@@ -11,7 +11,7 @@ struct RowArrays {
   int64_t y_stride[3], dy_stride[3];
 };
 
-/* No additions made yet; lse · log2 e and δ = dy·y of 64 queries a block; kD / 8 threads share a row. y to the digits that its residual adds. */
+/* No additions made yet; lse · log2 e and δ = dy·y of 64 queries a block; kD / 8 threads share a row. */
 template <typename T, int kD>
 __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ OnePassProblem p, const __grid_constant__ RowArrays x) {
   constexpr int kThreads = kD / 8, kStep = 256 / kThreads;
@@ -23,17 +23,10 @@ __global__ void __launch_bounds__(256) prepare_kernel(const __grid_constant__ On
     const int row = tile * kRows + at;
     float sum = 0.f;
     if (row < p.t_q && 8 * chunk < p.e) {
-      const uint4 dy = *reinterpret_cast<const uint4 *>(static_cast<const T *>(x.dy) + row_offset(x.dy_stride, batch, head, row) + 8 * chunk);
-      const uint4 y = *reinterpret_cast<const uint4 *>(static_cast<const T *>(x.y) + row_offset(x.y_stride, batch, head, row) + 8 * chunk);
-      uint4 rest = make_uint4(0, 0, 0, 0);
-      if (p.residual)
-        rest = *reinterpret_cast<const uint4 *>(static_cast<const T *>(p.residual) + row_offset(p.residual_stride, batch, head, row) + 8 * chunk);
-      const uint32_t a[4] = {dy.x, dy.y, dy.z, dy.w}, b[4] = {y.x, y.y, y.z, y.w}, c[4] = {rest.x, rest.y, rest.z, rest.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 u = Pair<T>::unpack(a[j]), high = Pair<T>::unpack(b[j]), low = Pair<T>::unpack(c[j]);
-        sum += u.x * (high.x + low.x * (1.f / kResidualScale<T>)) + u.y * (high.y + low.y * (1.f / kResidualScale<T>));
-      }
+      const T *y = static_cast<const T *>(x.y) + row_offset(x.y_stride, batch, head, row) + 8 * chunk;
+      const T *dy = static_cast<const T *>(x.dy) + row_offset(x.dy_stride, batch, head, row) + 8 * chunk;
+      const int64_t rest = row_offset(p.residual_stride, batch, head, row) + 8 * chunk;
+      sum = multiply_chunk<T>(*reinterpret_cast<const uint4 *>(dy), y, p.residual ? p.residual + rest : nullptr);
     }
 #pragma unroll
     for (int lanes = 1; lanes < kThreads; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);

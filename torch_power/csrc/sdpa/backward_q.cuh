@@ -98,27 +98,20 @@ __device__ __forceinline__ void backward_q_store(BackwardQSmem<T, kD, kGeneral> 
   bulk_wait<0>();
 }
 
-/* δ = dy·y of one row, of which this thread and its neighbour take half each; y to the digits that its residual adds. */
+/* δ = dy·y of one row, of which this thread and its neighbour take half each. */
 template <typename T, int kD>
 __device__ __forceinline__ float row_delta(const BackwardProblem &p, const Item &item, int row, uint32_t dy_tile, int thread) {
   float sum = 0.f;
   if (row < p.t_q) {
-    const T *y = static_cast<const T *>(p.y) + item.batch * p.y_stride[0] + item.head * p.y_stride[1] + row * p.y_stride[2];
-    const T *residual = static_cast<const T *>(p.residual);
-    if (residual) residual += item.batch * p.residual_stride[0] + item.head * p.residual_stride[1] + row * p.residual_stride[2];
+    const T *y = static_cast<const T *>(p.y) + row_offset(p.y_stride, item.batch, item.head, row);
+    const uint8_t *residual = p.residual;
+    if (residual) residual += row_offset(p.residual_stride, item.batch, item.head, row);
 #pragma unroll 4
     for (int i = 0; i < kD / 16; ++i) {
       const int chunk = (thread & 1) * (kD / 16) + i;
       if (8 * chunk >= p.e) continue;
-      const uint4 x = load_shared_128(chunk_address(dy_tile, kRows, thread >> 1, chunk));
-      const uint4 z = *reinterpret_cast<const uint4 *>(y + 8 * chunk);
-      const uint4 w = residual ? *reinterpret_cast<const uint4 *>(residual + 8 * chunk) : make_uint4(0, 0, 0, 0);
-      const uint32_t a[4] = {x.x, x.y, x.z, x.w}, b[4] = {z.x, z.y, z.z, z.w}, c[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 dy = Pair<T>::unpack(a[j]), high = Pair<T>::unpack(b[j]), low = Pair<T>::unpack(c[j]);
-        sum += dy.x * (high.x + low.x * (1.f / kResidualScale<T>)) + dy.y * (high.y + low.y * (1.f / kResidualScale<T>));
-      }
+      const uint4 dy = load_shared_128(chunk_address(dy_tile, kRows, thread >> 1, chunk));
+      sum += multiply_chunk<T>(dy, y + 8 * chunk, residual ? residual + 8 * chunk : nullptr);
     }
   }
   return sum + __shfl_xor_sync(~0u, sum, 1);

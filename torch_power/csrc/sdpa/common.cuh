@@ -50,7 +50,7 @@ struct Problem {
   Deck deck;
   float *lse;
   int64_t lse_stride[3];
-  void *residual;    // may be null
+  uint8_t *residual;  // may be null
   int64_t residual_stride[3];
 };
 /* What the second backward kernel needs of 64 queries, from the first: lse · log2 e (+∞ for a row that sees nothing, whose P is 0)
@@ -64,9 +64,36 @@ static_assert(sizeof(QueryRecord) == 8 * kRows, "the workspace has room for this
 template <typename T>
 constexpr float kWeightScale = is_half<T> ? 4096.f : 1.f;
 
-/* What `residual` is multiplied by: float16's small numbers have few digits. */
+/* `residual`: the eight binary digits that follow those of T, with a sign, as a difference of bit patterns of float32. */
 template <typename T>
-constexpr float kResidualScale = is_half<T> ? 2048.f : 1.f;
+constexpr int kDigitsDropped = is_half<T> ? 13 : 16;
+template <typename T>
+__device__ __forceinline__ uint32_t digits_after(float exact, float rounded) {
+  return uint32_t(min(max((__float_as_int(exact) - __float_as_int(rounded)) >> (kDigitsDropped<T> - 8), -128), 127)) & 255;
+}
+/* The number in the middle of those that have these digits. */
+template <typename T>
+__device__ __forceinline__ float with_digits(float rounded, uint32_t digits) {
+  return __int_as_float(__float_as_int(rounded) + (int(int8_t(digits)) << (kDigitsDropped<T> - 8)) + (1 << (kDigitsDropped<T> - 9)));
+}
+
+/* Σ dy·y of eight columns, y with the digits of `residual` if there is one. */
+template <typename T>
+__device__ __forceinline__ float multiply_chunk(const uint4 &dy, const T *y, const uint8_t *residual) {
+  const uint4 z = *reinterpret_cast<const uint4 *>(y);
+  const uint2 w = residual ? *reinterpret_cast<const uint2 *>(residual) : make_uint2(0, 0);
+  const uint32_t a[4] = {dy.x, dy.y, dy.z, dy.w}, b[4] = {z.x, z.y, z.z, z.w};
+  float sum = 0.f;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const float2 u = Pair<T>::unpack(a[j]);
+    float2 x = Pair<T>::unpack(b[j]);
+    const uint32_t digits = (j < 2 ? w.x : w.y) >> (j & 1) * 16;
+    if (residual) x = make_float2(with_digits<T>(x.x, digits), with_digits<T>(x.y, digits >> 8));
+    sum += u.x * x.x + u.y * x.y;
+  }
+  return sum;
+}
 
 /* Tiles of keys begin … end − 1. */
 struct Range {

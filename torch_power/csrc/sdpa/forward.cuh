@@ -196,23 +196,35 @@ struct Turns {
   }
 };
 
-/* What rounding this thread's part of y to T leaves over. */
+/* The digits of y that rounding to T drops, a byte a number. The four threads of a row exchange pairs, so that each has the bytes of
+ * eight columns of 32. */
 template <typename T, int kD>
 __device__ __forceinline__ void store_residual(const Problem &p, const float (&out)[kD / 2], const Fragment &at, const float (&factor)[2],
                                                const Item &item, int first) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = first + at.row + 8 * r;
-    if (row >= p.t_q) continue;
-    T *residual = static_cast<T *>(p.residual) + item.batch * p.residual_stride[0] + item.head * p.residual_stride[1] +
-                  row * p.residual_stride[2] + 2 * at.quad;
+    uint8_t *const residual = p.residual + row_offset(p.residual_stride, item.batch, item.head, row);
 #pragma unroll
-    for (int n = 0; n < kD / 8; ++n) {
-      if (8 * n >= p.e) continue;
-      const float low = out[4 * n + 2 * r] * factor[r], high = out[4 * n + 2 * r + 1] * factor[r];
-      const float2 rounded = Pair<T>::unpack(pack<T>(low, high));
-      *reinterpret_cast<uint32_t *>(residual + 8 * n) =
-          pack<T>((low - rounded.x) * kResidualScale<T>, (high - rounded.y) * kResidualScale<T>);
+    for (int part = 0; part < kD / 32; ++part) {
+      uint32_t pair[4];  // of columns 8n and 8n + 1 beyond 32 · part + 2 · quad
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const float low = out[16 * part + 4 * n + 2 * r] * factor[r], high = out[16 * part + 4 * n + 2 * r + 1] * factor[r];
+        const float2 rounded = Pair<T>::unpack(pack<T>(low, high));
+        pair[n] = digits_after<T>(low, rounded.x) | digits_after<T>(high, rounded.y) << 8;
+      }
+      // Columns 0 … 15 to threads 0 and 1, the others to 2 and 3; then 0 … 7 and 16 … 23 to threads 0 and 2.
+      const bool upper = at.quad & 2, odd = at.quad & 1;
+      const uint32_t left = pair[0] | pair[1] << 16, right = pair[2] | pair[3] << 16;
+      const uint32_t kept = upper ? right : left, got = __shfl_xor_sync(~0u, upper ? left : right, 2);
+      const uint32_t a = upper ? got : kept, b = upper ? kept : got;  // of quads 0 or 1, and 2 or 3
+      const uint32_t even_block = __byte_perm(a, b, 0x5410), odd_block = __byte_perm(a, b, 0x7632);
+      const uint32_t own = odd ? odd_block : even_block, other = __shfl_xor_sync(~0u, odd ? even_block : odd_block, 1);
+      const uint32_t even = odd ? other : own, uneven = odd ? own : other;  // of quads 0 and 2, and 1 and 3
+      const int column = 32 * part + 8 * at.quad;
+      if (row < p.t_q && column < p.e)
+        *reinterpret_cast<uint2 *>(residual + column) = make_uint2(__byte_perm(even, uneven, 0x5410), __byte_perm(even, uneven, 0x7632));
     }
   }
 }

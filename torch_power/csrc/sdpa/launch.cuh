@@ -82,7 +82,7 @@ inline Problem make_problem(const Call &call) {
   p.right = end(std::min(s.causal ? shift : none, s.window ? s.window_right + shift : none));
   p.scale_log2 = std::max(float(std::abs(s.scale) * double(kLog2E)), 0x1p-126f);
   p.negative = s.scale < 0;
-  p.residual = call.arrays.residual.data;
+  p.residual = static_cast<uint8_t *>(call.arrays.residual.data);
   std::copy_n(call.arrays.residual.stride, 3, p.residual_stride);
   p.lse = static_cast<float *>(call.arrays.lse.data);
   std::copy_n(call.arrays.lse.stride, 3, p.lse_stride);
