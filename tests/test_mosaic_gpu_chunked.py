@@ -166,8 +166,6 @@ def test_scans_of_chunks_are_the_recurrence(reverse: bool) -> None:
         ({"dtypes": ("float32",) * 3}, "dtypes float32"),
         ({"d": 12}, "head size d=12"),
         ({"e": 256}, "head size e=256"),
-        ({"h_q": 4}, "h_q=4, h_kv=2"),
-        ({"return_state": True}, "initial_state, return_state"),
     ],
 )
 def test_says_what_it_lacks(change: dict[str, Any], why: str) -> None:
@@ -184,7 +182,8 @@ def test_says_what_it_lacks(change: dict[str, Any], why: str) -> None:
         ({"t": power.CROSSING - 1}, "attention"),
         ({"t": power.CROSSING}, "chunked"),
         ({"t": power.CROSSING, "e": 128}, "attention"),
-        ({"t": power.CROSSING, "h_q": 6}, "attention"),
+        ({"t": power.CROSSING, "h_q": 6}, "chunked"),
+        ({"t": 5, "return_state": True}, "chunked"),
         ({"t": 10**6, "e": 20}, "attention"),
         ({"t": 10**6, "deg": 4}, "attention"),
         ({"t": 5, "auto_form": False}, "chunked"),

@@ -1,7 +1,7 @@
 """The chunked form on Hopper: glue between the interface every implementation has and the Pallas kernels.
 
-Calls of form 'recurrent' are served by the same kernels: the sums are the same. The chunk length is the kernels' own
-(`chunked_prepare.chunk_length`): results do not depend on it.
+Calls with a state, and those of form 'recurrent', are served by the same kernels: the sums are the same. The chunk length is
+the kernels' own (`chunked_prepare.chunk_length`): results do not depend on it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,7 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
 
 def lacks(call: spec.PowerCall, device: str = "cuda") -> str | None:
     """`supports`, whatever this machine has."""
-    if (reason := hopper.chunked_lacks(call, device, largest=64, most_heads=None)) is not None:
-        return reason
-    # Right in the interpreter, but not yet held to the oracle on a GPU.
-    if call.group > 1:
-        return f"h_q={call.h_q}, h_kv={call.h_kv}: the chunked kernels take as many of both; repeat k and v"
-    if call.has_state or call.return_state:
-        return "initial_state, return_state: the chunked kernels do not take them; implementation='xla' does"
-    return None
+    return hopper.chunked_lacks(call, device, largest=64, most_heads=None)
 
 
 def forward(

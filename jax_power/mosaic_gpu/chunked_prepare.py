@@ -123,11 +123,13 @@ class Gates(NamedTuple):
 
 
 def _partial_sums(x: Array) -> tuple[Array, Array]:
-    """Sums along the last axis up to and with each entry, and after it: products with triangles, in float32 proper."""
-    n = x.shape[-1]
-    triangles = np.concatenate((np.triu(np.ones((n, n))), np.tril(np.ones((n, n)), -1)), 1).astype(np.float32)
-    sums = jnp.matmul(x, triangles, precision=lax.Precision.HIGHEST)
-    return sums[..., :n], sums[..., n:]
+    """Sums along the last axis up to and with each entry, and after it.
+
+    Sums of masked entries, which XLA fuses. Products with triangles would each be tuned, which takes part of the first call.
+    """
+    upto = np.tri(x.shape[-1], dtype=bool)
+    here, after = (jnp.where(mask, x[..., None, :], 0.0).sum(-1) for mask in (upto, ~upto))
+    return here, after
 
 
 def sum_gates(z: Sizes, log_g: Array | None) -> Gates:
@@ -167,8 +169,8 @@ def scan_chunks(log_decay: Array, x: Array, first: Array | None, *, reverse: boo
 def _scan_by_matrix(log_decay: Array, x: Array) -> tuple[Array, Array]:
     """Sums of the log decays up to and with each chunk, and S after it from nothing: `[h, chunks]`, `[h, chunks, n]`."""
     n = log_decay.shape[1]
-    between = jnp.where(np.tri(n, k=-1, dtype=bool), log_decay[:, :, None], 0.0)  # [h, step, from]: steps after `from`
-    sums = jnp.matmul(np.tri(n, dtype=np.float32), between, precision=lax.Precision.HIGHEST)
+    between = jnp.where(~np.tri(n, dtype=bool), log_decay[:, None], 0.0)  # [h, from, step]: of steps after `from`
+    sums = jnp.swapaxes(_partial_sums(between)[0], 1, 2)
     decay = jnp.where(np.tri(n, dtype=bool), jnp.exp2(sums), 0.0)
     return _partial_sums(log_decay)[0], jnp.matmul(decay, x, precision=lax.Precision.HIGHEST)
 

@@ -40,7 +40,7 @@ def forward(
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """y `[b, t, h_q, e]` in the dtype of v, norm `[b, t, h_q]` float32, and the final state (None unless asked for).
 
-    A call of form 'recurrent' is served by the chunked kernels: the sums are the same.
+    A call with a state, and one of form 'recurrent', is served by the chunked kernels whatever the form: the sums are the same.
     """
     return _form(call).forward(call, q, k, v, log_g, s0, z0)
 

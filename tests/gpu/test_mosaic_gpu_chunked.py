@@ -97,7 +97,7 @@ def test_longer_than_a_chunk(changes: dict[str, Any], dtype: str) -> None:
 
 def test_runs_give_equal_bits_whatever_memory_held() -> None:
     """One program, run again and again; memory was full of NaN, then of ones, then of what earlier runs left."""
-    case = Case("repeated", t=2500, d=64, e=64)
+    case = Case("repeated", t=2500, h_q=4, h_kv=2, d=64, e=64, initial_state=True, return_state=True)
     arrays = {name: jnp.asarray(x) for name, x in case.make("bfloat16", seed=3).items()}
     both, want = jax.jit(functools.partial(results, case)), None
     for n in range(100):
@@ -112,7 +112,7 @@ def test_runs_give_equal_bits_whatever_memory_held() -> None:
 @pytest.mark.parametrize("form", ["attention", "chunked"])
 def test_agrees_with_the_cuda_twin_on_the_same_memory(form: str) -> None:
     torch, torch_power = pytest.importorskip("torch"), pytest.importorskip("torch_power")
-    case = Case("twins", t=1500, d=64, e=64)
+    case = Case("twins", t=1500, h_q=4, h_kv=2, d=64, e=64, initial_state=form == "chunked", return_state=form == "chunked")
     shared = {name: jnp.asarray(x) for name, x in case.make("bfloat16", seed=4).items()}
     got = jax.jit(functools.partial(results, case, form=form))(shared)
     theirs = dlpack.to_torch(shared, copy=False)
@@ -141,7 +141,7 @@ def test_splitting_a_sequence() -> None:
 
 
 def test_vmap_over_some_operands() -> None:
-    case = Case("mapped", t=300, d=64, e=64)
+    case = Case("mapped", t=300, h_q=2, h_kv=1, d=64, e=64)
     one, two = (case.make("bfloat16", seed) for seed in (0, 1))
     mapped = {name: name in ("k", "dy") for name in one}
     arrays = {name: np.stack((one[name], two[name])) if mapped[name] else x for name, x in one.items()}
@@ -153,7 +153,7 @@ def test_vmap_over_some_operands() -> None:
 
 
 def test_checkpoint_gives_the_same_gradients() -> None:
-    case = Case("remade", t=700, d=64, e=64)
+    case = Case("remade", t=700, h_q=2, h_kv=1, d=64, e=64)
     arrays = {name: jnp.asarray(x) for name, x in case.make("bfloat16").items()}
     call = functools.partial(attend, jax_power, options=options_of(case))
     inputs = {name: arrays[name] for name in INPUTS[:4]}
