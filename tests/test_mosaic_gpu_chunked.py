@@ -52,17 +52,18 @@ def run(case: Case, arrays: dict[str, Any], kernels: Any = chunked) -> dict[str,
 
 # Both dtypes, several chunks and one with states, groups, with and without normaliser. Heads of more than 64 are not served:
 # from JAX 0.12 on their results, stored without a detour through shared memory, are not lowered.
+# Kernels: two stagings, moments, update, query, both gradients; with groups the first four once for queries, once for keys.
 LOWERED = (
-    ("bfloat16", Case("two_chunks", t=1100, d=64, e=64)),
-    ("float16", Case("states", t=70, h_q=4, d=48, e=64, normalize=False, initial_state=True, return_state=True)),
+    ("bfloat16", Case("two_chunks", t=1100, d=64, e=64), 7),
+    ("float16", Case("states", t=70, h_q=4, d=48, e=64, normalize=False, initial_state=True, return_state=True), 11),
 )
 
 
-@pytest.mark.parametrize(("dtype", "case"), LOWERED, ids=lambda x: getattr(x, "name", x))
-def test_lowers_for_cuda(dtype: str, case: Case) -> None:
+@pytest.mark.parametrize(("dtype", "case", "kernels"), LOWERED, ids=lambda x: getattr(x, "name", x))
+def test_lowers_for_cuda(dtype: str, case: Case, kernels: int) -> None:
+    """Every kernel, and each once: lowering and compiling them is most of a program's first call."""
     lowered = jax.jit(lambda x: run(case, x)).trace(case.make(dtype)).lower(lowering_platforms=("cuda",))
-    # Forward: three stagings, moments, update, query; backward: four stagings, two moments, two updates, both gradients.
-    assert lowered.as_text().count("@mosaic_gpu_v2") == 16
+    assert lowered.as_text().count("@mosaic_gpu_v2") == kernels
 
 
 # ---------------------------------------------------------------------------------------------------------------------

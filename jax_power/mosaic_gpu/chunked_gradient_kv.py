@@ -250,7 +250,7 @@ def gradient_kv(
                 load_queries(jnp.int32(i))
             if has_states:
                 features = feature_blocks * members
-                load_matrices(states_gmem.at[chunk, head], features, state_smem, state_full, state_empty)
+                load_matrices(states_gmem.at[head, chunk], features, state_smem, state_full, state_empty)
 
             @pl.loop(first_queries, queries)
             def _(i: Any) -> None:

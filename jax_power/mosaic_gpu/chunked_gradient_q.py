@@ -256,7 +256,7 @@ def gradient_q(
             for i in range(first_keys):
                 load_keys(jnp.int32(i))
             if has_states:
-                load_matrices(states_gmem.at[chunk, head], features, state_smem, state_full, state_empty)
+                load_matrices(states_gmem.at[head, chunk], features, state_smem, state_full, state_empty)
 
             @pl.loop(first_keys, last_tile + 1)
             def _(i: Any) -> None:

@@ -222,19 +222,22 @@ def rows_of(z: Sizes, x: Array) -> Array:
 
 
 class Keys(NamedTuple):
-    """k^ᵀ, v^ᵀ, (w k^)ᵀ as float16 `[h, feature, token]`, and the exponents κ and ν `[h]`."""
+    """k^ᵀ and v^ᵀ as float16 `[h, feature, token]`, and the exponents κ and ν `[h]`."""
 
     k: Array
     v: Array
-    weighted: Array
     k_exponent: Array
     v_exponent: Array
 
 
-def prepare_keys(z: Sizes, k: Array, v: Array, gates: Gates) -> Keys:
+def prepare_keys(z: Sizes, k: Array, v: Array, gates: Gates) -> tuple[Keys, Array]:
+    """Keys and values, and (w k^)ᵀ, w being the decay to the chunk's end."""
     k_exponent, v_exponent = head_exponent(k, z.h_kv, K_RANGE), head_exponent(v, z.h_kv, V_RANGE)
-    staged, weighted = stage(fill_up(z, k, z.padded_d), power_of_two(k_exponent), gates.chunk_decay)
-    return Keys(staged, stage(fill_up(z, v, z.padded_e), power_of_two(v_exponent))[0], weighted, k_exponent, v_exponent)
+    of_k, of_v = (
+        jnp.broadcast_to(power_of_two(exponent)[:, None], (z.heads, z.tokens)) for exponent in (k_exponent, v_exponent)
+    )
+    staged, weighted = stage(fill_up(z, k, z.padded_d), of_k, gates.chunk_decay)
+    return Keys(staged, stage(fill_up(z, v, z.padded_e), of_v)[0], k_exponent, v_exponent), weighted
 
 
 # ---------------------------------------------------------------------------------------------------------------------

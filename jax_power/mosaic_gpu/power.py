@@ -37,8 +37,8 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
 
 def forward(
     call: spec.PowerCall, q: Array, k: Array, v: Array, log_g: Array | None, s0: Array | None, z0: Array | None
-) -> tuple[Array, Array, Array | None, Array | None]:
-    """y `[b, t, h_q, e]` in the dtype of v, norm `[b, t, h_q]` float32, and the final state (None unless asked for).
+) -> tuple[Array, Any, Array | None, Array | None]:
+    """y `[b, t, h_q, e]` in the dtype of v, what `backward` takes as norm, and the final state (None unless asked for).
 
     A call with a state, and one of form 'recurrent', is served by the chunked kernels whatever the form: the sums are the same.
     """
@@ -47,7 +47,7 @@ def forward(
 
 def backward(
     call: spec.PowerCall, q: Array, k: Array, v: Array, log_g: Array | None, s0: Array | None,
-    z0: Array | None, y: Array, norm: Array, dy: Array, ds: Array | None, dz: Array | None,
+    z0: Array | None, y: Array, norm: Any, dy: Array, ds: Array | None, dz: Array | None,
 ) -> tuple[Array, Array, Array, Array | None, Array | None, Array | None]:  # fmt: skip
     """Gradients of q, k, v, log_g, s0, z0 in the dtypes of those arguments (None where the argument is None)."""
     return _form(call).backward(call, q, k, v, log_g, s0, z0, y, norm, dy, ds, dz)
