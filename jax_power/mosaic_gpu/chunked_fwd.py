@@ -45,13 +45,28 @@ REGISTERS = {
 }  # of consumers and producer; what five, four and three warpgroups can share
 
 
-# Features whose matrices arrive together.
-TOGETHER = 2
+def matrices_together(z: Sizes) -> int:
+    """State matrices that arrive together: of 64 rows two, fewer steps for the same products."""
+    return 2 if z.padded_d == 64 else 1
 
 
 def load_fragments(ref: Any) -> Array:
     """A tile that lies transposed in shared memory as the left operand of a product."""
     return plgpu.layout_cast(compat.load(ref.transpose((1, 0)), plgpu.Layout.WGMMA_TRANSPOSED), WGMMA)
+
+
+def store_rows(x: Array, x_smem: Any, x_gmem: Any) -> None:
+    """Rows of a warpgroup, `[64, n]`, to device memory by way of `[n, 64]` of its shared memory: column blocks as squares.
+
+    The first barrier is for the slowest warp's reads of what the memory held. The caller waits for the copies.
+    """
+    plgpu.commit_smem()
+    columns = [pl.ds(n, TILE) for n in range(0, x.shape[1], TILE)]
+    for block in columns:
+        x_smem.at[block][...] = lax.slice(x, (0, block.start), (TILE, block.start + TILE))
+    plgpu.commit_smem()
+    for block in columns:
+        plgpu.copy_smem_to_gmem(x_smem.at[block], x_gmem.at[:, block])
 
 
 def decay_on_diagonal(prefix_rows: Array, prefix_columns: Array, *, rows_first: bool = True) -> Array:
@@ -89,9 +104,9 @@ def query(
     """
     d, e, groups = z.padded_d, z.padded_e, query_groups(z)
     rows, score = groups * TILE, 2.0**z.score_exponent
-    blocks, has_states, steps = z.chunk // rows, states is not None, BLOCK // TOGETHER
-    stages, key_stages = (3, 3) if d == e == 64 else (2 if d + e < 256 else 1, 2)
-    registers, direct = REGISTERS[groups], d == e == 128  # which leaves no shared memory to gather whole rows of y in
+    blocks, has_states, together = z.chunk // rows, states is not None, matrices_together(z)
+    steps, registers = BLOCK // together, REGISTERS[groups]
+    stages, key_stages = (3, 3) if d == e == 64 else (2, 2)
 
     def query_kernel(q_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
         prefix_gmem, decay_gmem, total_gmem, finish_gmem, *others = refs
@@ -156,7 +171,7 @@ def query(
 
                     def add_pair(i: Any, _: None, doubled: Array = doubled, b: int = b, width: int = width) -> None:
                         slot = lax.rem(1 + steps * b + i, jnp.int32(stages))
-                        features = [BLOCK * b + i * TOGETHER + n for n in range(TOGETHER)]
+                        features = [BLOCK * b + i * together + n for n in range(together)]
                         factors = [compat.load(factors_smem.at[thread, a], ROWS) for a in features]
                         operands = [doubled * spread(x, width) for x in factors]
                         plgpu.barrier_wait(state_full.at[slot])
@@ -242,13 +257,7 @@ def query(
                 factor = compat.load(finish_gmem.at[q_head, here], ROWS, optimized=False) / lift
             vectors_smem.at[thread, 1][...] = den / lift
             y = lax.bitcast_convert_type((acc * spread(factor, e)).astype(out_dtype), jnp.float16)
-            if direct:
-                y_gmem.at[batch, here, own_head][...] = y
-                plgpu.commit_smem()
-            else:
-                y_smem.at[thread][...] = y
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(y_smem.at[thread], y_gmem.at[batch, here, own_head])
+            store_rows(y, y_smem.at[thread], y_gmem.at[batch, here, own_head])
             plgpu.copy_smem_to_gmem(vectors_smem.at[thread, 1], norm_gmem.at[q_head, here])
             plgpu.wait_smem_to_gmem(0)
 
@@ -265,7 +274,7 @@ def query(
                 plgpu.copy_gmem_to_smem(decay_gmem.at[head, token], decay_smem.at[slot], keys_full.at[slot])
 
             if has_states:
-                for half in (pl.ds(n * d // TOGETHER, d // TOGETHER) for n in range(TOGETHER)):  # as many copies as a pair
+                for half in (pl.ds(n * d // together, d // together) for n in range(together)):  # as many copies as a step
                     plgpu.copy_gmem_to_smem(moments_gmem.at[head, chunk, half], moments_smem.at[half], state_full.at[0])
             first_keys = min(key_stages, groups)
             for i in range(first_keys):
@@ -277,8 +286,8 @@ def query(
                     step = 1 + steps * b + i
                     slot = lax.rem(step, jnp.int32(stages))
                     pl.when(step >= stages)(lambda: plgpu.barrier_wait(state_empty.at[slot]))
-                    for n in range(TOGETHER):
-                        source = states_gmem.at[head, chunk, BLOCK * b + i * TOGETHER + n, needed]
+                    for n in range(together):
+                        source = states_gmem.at[head, chunk, BLOCK * b + i * together + n, needed]
                         plgpu.copy_gmem_to_smem(source, state_smem.at[slot, n, pl.ds(0, needed.size)], state_full.at[slot])
 
                 lax.fori_loop(0, block_steps, load_pair, None)
@@ -291,7 +300,7 @@ def query(
     arrays: list[Any] = [q, keys.k, keys.v, gates.tile_prefix, gates.tile_decay, gates.tile_total, finish]
     if has_states:
         arrays += [states, moments, state_row, moment_row]
-    apart = [plgpu.SMEM((groups, TILE, e), jnp.float16, transforms=TILED), plgpu.SMEM((d, d), jnp.float16, transforms=NARROW)]
+    apart = [plgpu.SMEM((groups, e, TILE), jnp.float16, transforms=TILED), plgpu.SMEM((d, d), jnp.float16, transforms=NARROW)]
     apart = [] if d == e else apart
     run = compat.kernel(
         query_kernel,
@@ -304,13 +313,13 @@ def query(
                 plgpu.SMEM((groups, d, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((groups, d, TILE), jnp.float16),
                 plgpu.SMEM((groups, 3, TILE), jnp.float32),
-                plgpu.SMEM((stages, TOGETHER, d, e), jnp.float16, transforms=NARROW),
+                plgpu.SMEM((stages, together, d, e), jnp.float16, transforms=NARROW),
                 plgpu.SMEM((key_stages, d, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((key_stages, e, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((key_stages, TILE), jnp.float32),
                 *apart,
                 plgpu.Barrier(num_arrivals=5 if has_states else 2, num_barriers=groups),
-                plgpu.Barrier(num_arrivals=TOGETHER, num_barriers=stages),
+                plgpu.Barrier(num_arrivals=together, num_barriers=stages),
                 plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
                 plgpu.Barrier(num_arrivals=3, num_barriers=key_stages),
                 plgpu.Barrier(num_arrivals=groups, num_barriers=key_stages),

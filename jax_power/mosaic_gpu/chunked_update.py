@@ -124,7 +124,9 @@ def update(
                 slot = lax.rem(i, jnp.int32(stages))
                 plgpu.barrier_wait(full.at[slot])
                 y_tile = compat.load(y_smem.at[slot], WGMMA)
-                for acc, b in zip(accs, order, strict=True):
+                for n, (acc, b) in enumerate(zip(accs, order, strict=True)):
+                    if n == 2 and d > 64:  # sums of 288 columns leave no registers for four left operands (C7512)
+                        plgpu.wgmma_wait(0)
                     row = compat.load(rows_smem.at[slot, b], COLUMNS)
                     a = y_tile * lax.broadcast_in_dim(row, (64, TILE), [1])
                     keys = x_smem.at[slot] if b == 0 else x_smem.at[slot, pl.ds(BLOCK * b, widths[b])]
