@@ -146,15 +146,14 @@ def test_square_moments_are_the_public_state() -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 def test_scans_of_chunks_are_the_recurrence(reverse: bool) -> None:
     rng = np.random.default_rng(0)
-    log_decay, x, first = -20 * rng.random((2, 7)) ** 4, rng.standard_normal((2, 7, 3)), rng.standard_normal((2, 3))
-    before, state = np.zeros_like(x), first
-    for n in reversed(range(7)) if reverse else range(7):
-        before[:, n], state = state, np.exp2(log_decay[:, n, None]) * state + x[:, n]
-    inputs = [jnp.asarray(y, jnp.float32) for y in (log_decay, x, first)]
-    for limit in (7, 6):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(chunked_prepare, "SCAN_LIMIT", limit)
-            got = chunked_prepare.scan_chunks(*inputs, reverse=reverse)
+    for chunks in (1, 7, 65):  # one group, and one more than two levels of groups
+        log_decay, x = -20 * rng.random((2, chunks)) ** 4, rng.standard_normal((2, chunks, 3))
+        first = rng.standard_normal((2, 3))
+        before, state = np.zeros_like(x), first
+        for n in reversed(range(chunks)) if reverse else range(chunks):
+            before[:, n], state = state, np.exp2(log_decay[:, n, None]) * state + x[:, n]
+        inputs = [jnp.asarray(y, jnp.float32) for y in (log_decay, x, first)]
+        got = chunked_prepare.scan_chunks(*inputs, reverse=reverse)
         np.testing.assert_allclose(got[0], before, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(got[1], state, rtol=1e-4, atol=1e-5)
 

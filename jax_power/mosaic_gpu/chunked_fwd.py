@@ -61,12 +61,12 @@ def store_rows(x: Array, x_smem: Any, x_gmem: Any) -> None:
     The first barrier is for the slowest warp's reads of what the memory held. The caller waits for the copies.
     """
     plgpu.commit_smem()
-    columns = [pl.ds(n, TILE) for n in range(0, x.shape[1], TILE)]
-    for block in columns:
-        x_smem.at[block][...] = lax.slice(x, (0, block.start), (TILE, block.start + TILE))
+    columns = range(0, x.shape[1], TILE)
+    for n in columns:
+        x_smem.at[pl.ds(n, TILE)][...] = lax.slice(x, (0, n), (TILE, n + TILE))
     plgpu.commit_smem()
-    for block in columns:
-        plgpu.copy_smem_to_gmem(x_smem.at[block], x_gmem.at[:, block])
+    for n in columns:
+        plgpu.copy_smem_to_gmem(x_smem.at[pl.ds(n, TILE)], x_gmem.at[:, pl.ds(n, TILE)])
 
 
 def decay_on_diagonal(prefix_rows: Array, prefix_columns: Array, *, rows_first: bool = True) -> Array:

@@ -27,9 +27,8 @@ Q_RANGE, K_RANGE, V_RANGE, DY_RANGE = 1, 4, 0, 0
 # States are stored below 2^STATE_RANGE, half of float16's range.
 STATE_RANGE = 15
 LOG2_E = 1.4426950408889634
-# Most chunks whose scan is one product with their matrix of decays (a scan by pairs is a dozen launches of microseconds);
-# with more, the matrix would outgrow the states.
-SCAN_LIMIT = 512
+# Chunks that a scan sums at once: two levels serve 64 chunks (a scan by pairs is a dozen launches of microseconds).
+SCAN_GROUP = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,32 +155,36 @@ def scan_chunks(log_decay: Array, x: Array, first: Array | None, *, reverse: boo
     h, n = log_decay.shape
     if reverse:
         log_decay, x = jnp.flip(log_decay, 1), jnp.flip(x, 1)
-    scan = _scan_by_matrix if n <= SCAN_LIMIT else _scan_by_pairs
-    decay, after = scan(log_decay, x.reshape(h, n, -1))
+    after = _scan(log_decay, x.reshape(h, n, -1))
     start = jnp.zeros_like(after[:, :1]) if first is None else first.reshape(h, 1, -1)
     if first is not None:
-        after = after + jnp.exp2(decay)[..., None] * start
+        after = after + jnp.exp2(_partial_sums(log_decay)[0])[..., None] * start
     states = jnp.concatenate((start, after), 1).reshape(h, n + 1, *x.shape[2:])
     before, last = states[:, :-1], states[:, -1]
     return (jnp.flip(before, 1) if reverse else before), last
 
 
-def _scan_by_matrix(log_decay: Array, x: Array) -> tuple[Array, Array]:
-    """Sums of the log decays up to and with each chunk, and S after it from nothing: `[h, chunks]`, `[h, chunks, n]`."""
-    n = log_decay.shape[1]
-    between = jnp.where(~np.tri(n, dtype=bool), log_decay[:, None], 0.0)  # [h, from, step]: of steps after `from`
-    sums = jnp.swapaxes(_partial_sums(between)[0], 1, 2)
-    decay = jnp.where(np.tri(n, dtype=bool), jnp.exp2(sums), 0.0)
-    return _partial_sums(log_decay)[0], jnp.matmul(decay, x, precision=lax.Precision.HIGHEST)
+def _scan(log_decay: Array, x: Array) -> Array:
+    """S after every chunk, from nothing, `[h, n, size]`: sums over up to `SCAN_GROUP` chunks, then a scan of the groups' ends.
 
-
-def _scan_by_pairs(log_decay: Array, x: Array) -> tuple[Array, Array]:
-    """The same with memory linear in the number of chunks."""
-
-    def combine(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
-        return left[0] + right[0], left[1] * jnp.exp2(right[0])[..., None] + right[1]
-
-    return lax.associative_scan(combine, (log_decay, x), axis=1)
+    Sums, which XLA fuses: as a product with the matrix of decays it would be tuned, a part of the first call's seconds.
+    """
+    h, n, size = x.shape
+    group = min(n, SCAN_GROUP)
+    groups = -(-n // group)
+    padding = groups * group - n
+    log_decay = jnp.pad(log_decay, ((0, 0), (0, padding))).reshape(h, groups, group)
+    x = jnp.pad(x, ((0, 0), (0, padding), (0, 0))).reshape(h, groups, 1, group, size)
+    to, of, step = np.ogrid[:group, :group, :group]
+    between = jnp.where((of < step) & (step <= to), log_decay[:, :, None, None], 0.0).sum(-1)
+    decay = jnp.where(np.tri(group, dtype=bool), jnp.exp2(between), 0.0)
+    after = (decay[..., None] * x).sum(3)
+    if groups > 1:
+        upto = _partial_sums(log_decay)[0]
+        ends = _scan(upto[..., -1], after[:, :, -1])
+        before = jnp.pad(ends[:, :-1], ((0, 0), (1, 0), (0, 0)))
+        after = after + jnp.exp2(upto)[..., None] * before[:, :, None]
+    return after.reshape(h, -1, size)[:, :n]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

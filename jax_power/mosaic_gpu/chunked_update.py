@@ -100,8 +100,8 @@ def update(
     def update_kernel(
         weighted_gmem: Any, x_gmem: Any, y_gmem: Any, decay_gmem: Any, factor_gmem: Any, walk_gmem: Any, *refs: Any
     ) -> None:
-        first_gmem, (states_gmem, *refs) = refs[: blocks * has_first], refs[blocks * has_first :]
-        last_gmem, (scratch,) = refs[: blocks * want_last], refs[blocks * want_last :]
+        first_gmem, (states_gmem, *others) = refs[: blocks * has_first], refs[blocks * has_first :]
+        last_gmem, (scratch,) = others[: blocks * want_last], others[blocks * want_last :]
         rows_smem, x_smem, y_smem, out_smem, partial_smem, full, empty, written, read = scratch
         item, thread = lax.axis_index("item"), lax.axis_index("warpgroup")
         member, rest = lax.rem(item, jnp.int32(BLOCK)), lax.div(item, jnp.int32(BLOCK))
