@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
+import jax_power
 from bridge import cases, spec
 from jax_power import ops
 from jax_power.mosaic_gpu import chunked, chunked_fwd, chunked_prepare, power
@@ -85,10 +87,14 @@ def interpret() -> None:
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="before JAX 0.12 no interpreter lets a last release go unseen")
 def test_interpreted_matches_oracle() -> None:
-    """In a process of its own: the interpreter's warpgroups wait for each other, and need as many threads of XLA's."""
-    code = "from tests import test_mosaic_gpu_chunked; test_mosaic_gpu_chunked.interpret()"
+    """The interpreter's warpgroups wait for each other, and need as many threads of XLA's."""
+    in_a_process("interpret", NPROC="8")
+
+
+def in_a_process(function: str, **environment: str) -> None:
+    code = f"from tests import test_mosaic_gpu_chunked; test_mosaic_gpu_chunked.{function}()"
     root = pathlib.Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"NPROC": "8"}, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | environment, check=True, timeout=300)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,6 +132,46 @@ def test_vmap_becomes_part_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None
         want = jax.jit(lambda x: run(case, x, registered))({name: x[n] if mapped[name] else x for name, x in arrays.items()})
         for name, x in want.items():
             np.testing.assert_array_equal(np.asarray(got[name][n]), np.asarray(x), err_msg=name)
+
+
+def shard() -> None:
+    """On a mesh of two by two devices, batch and heads apart, the public function gives what it gives on one device."""
+    case = Case("sharded", b=2, t=150, d=16, e=16, h_q=4, h_kv=2, initial_state=True, return_state=True)
+    inputs = {name: jnp.asarray(x) for name, x in case.make("bfloat16").items()}
+
+    def both(x: dict[str, jax.Array]) -> Any:
+        def attend(x: dict[str, jax.Array]) -> Any:
+            state = jax_power.PowerState(x["s0"], x["z0"])
+            y, last = jax_power.power_attention(
+                *(x[name] for name in ("q", "k", "v", "log_g")), form="chunked", initial_state=state, return_state=True,
+                implementation="mosaic_gpu",
+            )  # fmt: skip
+            return y, *last
+
+        upstream = tuple(x[name] for name in ("dy", "ds", "dz"))
+        outputs, pull_back = jax.vjp(attend, {name: x[name] for name in ("q", "k", "v", "log_g", "s0", "z0")})
+        return outputs, pull_back(upstream)[0]
+
+    tokens, states = PartitionSpec("batch", None, "heads"), PartitionSpec("batch", "heads")
+    of = {name: states if name in ("s0", "z0", "ds", "dz") else tokens for name in inputs}
+    grads = {name: of[name] for name in ("q", "k", "v", "log_g", "s0", "z0")}
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("batch", "heads"))
+    sharded = jax.shard_map(both, mesh=mesh, in_specs=(of,), out_specs=((tokens, states, states), grads))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ops.POWER, "mosaic_gpu", ops.POWER["mosaic_gpu"]._replace(supports=lambda call, device: None))
+        text = jax.jit(sharded).trace(inputs).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("@mosaic_gpu_v2") == 11
+        jax.clear_caches()
+        mosaic_gpu_formulas.use(patch)
+        patch.setattr(chunked_prepare, "chunk_length", lambda t, d, e: 128)
+        got, want = jax.jit(sharded)(inputs), jax.jit(both)(inputs)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        # Ranges, powers of two, are of a head: only the order of float32 sums may differ.
+        assert cases.relative_error(x, np.asarray(y).astype(np.float64)) < 1e-3
+
+
+def test_shard_map_over_batch_and_heads() -> None:
+    in_a_process("shard", XLA_FLAGS="--xla_force_host_platform_device_count=4")
 
 
 def test_square_moments_are_the_public_state() -> None:

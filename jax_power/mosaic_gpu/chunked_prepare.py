@@ -193,8 +193,13 @@ def _scan(log_decay: Array, x: Array) -> Array:
 
 
 def power_of_two(exponent: Array) -> Array:
-    """2^exponent for an integer exponent, exact."""
-    return jnp.ldexp(jnp.float32(1), exponent)
+    """2^exponent for an integer exponent, exact: a product of two by their bits, as one of ±200 is no float32's.
+
+    `jnp.ldexp` forgets, in JAX 0.12, that its result varies over a mesh.
+    """
+    half = exponent >> 1
+    first, second = ((jnp.clip(x, -126, 127) + 127) << 23 for x in (half, exponent - half))
+    return lax.bitcast_convert_type(first, jnp.float32) * lax.bitcast_convert_type(second, jnp.float32)
 
 
 def scaling_exponent(largest: Array, power: int) -> Array:

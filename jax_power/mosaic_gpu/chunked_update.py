@@ -102,7 +102,7 @@ def update(
     ) -> None:
         first_gmem, (states_gmem, *others) = refs[: blocks * has_first], refs[blocks * has_first :]
         last_gmem, (scratch,) = others[: blocks * want_last], others[blocks * want_last :]
-        rows_smem, x_smem, y_smem, out_smem, partial_smem, full, empty, written, read = scratch
+        rows_smem, x_smem, y_smem, out_smem, partial_smem, begun, full, empty, written, read = scratch
         item, thread = lax.axis_index("item"), lax.axis_index("warpgroup")
         member, rest = lax.rem(item, jnp.int32(BLOCK)), lax.div(item, jnp.int32(BLOCK))
         kind, rest = lax.rem(rest, jnp.int32(kinds)), lax.div(rest, jnp.int32(kinds))
@@ -181,8 +181,12 @@ def update(
 
             plgpu.set_max_registers(232, action="increase")
             if has_first:
-                firsts = [first_gmem[b].at[head, member, columns] for b in kept]
-                accs = tuple(compat.load(x, WGMMA, optimized=False) for x in firsts)
+                for b in kept:
+                    plgpu.copy_gmem_to_smem(first_gmem[b].at[head, member, columns], partial(b), begun.at[thread])
+                plgpu.barrier_wait(begun.at[thread])
+                accs = tuple(compat.load(partial(b), WGMMA) for b in kept)
+                plgpu.barrier_arrive(read)  # before both have theirs, no sums may be handed over in this memory
+                plgpu.barrier_wait(read)
             else:
                 accs = tuple(map(zeros, kept))
             accs = lax.fori_loop(0, chunks, chunk_step, accs)
@@ -229,6 +233,7 @@ def update(
                 plgpu.SMEM((stages, 64, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((2, 2, d, 64), jnp.float16, transforms=TILED),
                 [plgpu.SMEM((64, width), jnp.float32, transforms=PARTIAL) for width in places],
+                plgpu.Barrier(num_arrivals=2, num_barriers=2),
                 plgpu.Barrier(num_arrivals=3, num_barriers=stages),
                 plgpu.Barrier(num_barriers=stages),
                 plgpu.Barrier(num_arrivals=2),

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 import jax_power
 from bridge import cases, dlpack
@@ -159,6 +160,20 @@ def test_checkpoint_gives_the_same_gradients() -> None:
     inputs = {name: arrays[name] for name in INPUTS[:4]}
     kept, remade = (jax.jit(lambda x, f=f: jax.vjp(f, x)[1]((arrays["dy"],)))(inputs)[0] for f in (call, jax.checkpoint(call)))
     assert_equal_bits(remade, kept)
+
+
+def test_shard_map_over_batch_and_heads() -> None:
+    case = Case("sharded", b=2, t=300, h_q=4, h_kv=2, d=64, e=64, initial_state=True, return_state=True)
+    arrays = {name: jnp.asarray(x) for name, x in case.make("bfloat16").items()}
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("batch", "heads"))
+    tokens, states = PartitionSpec("batch", None, "heads"), PartitionSpec("batch", "heads")
+    of_names = {"s": states, "z": states, "ds0": states, "dz0": states, "s0": states, "z0": states, "ds": states, "dz": states}
+    both = functools.partial(results, case)
+    outputs = {name: of_names.get(name, tokens) for name in jax.eval_shape(both, arrays)}
+    sharded = jax.shard_map(
+        both, mesh=mesh, in_specs=({name: of_names.get(name, tokens) for name in arrays},), out_specs=outputs
+    )
+    assert_equal_bits(jax.jit(sharded)(arrays), jax.jit(both)(arrays))
 
 
 def test_a_long_sequence_on_sampled_rows() -> None:
