@@ -1,7 +1,7 @@
 """The chunked form on Hopper: glue between the interface every implementation has and the Pallas kernels.
 
 Calls with a state, and those of form 'recurrent', are served by the same kernels: the sums are the same. The chunk length is
-the kernels' own (`chunked_prepare.chunk_length`): results do not depend on it.
+the kernels' own (`tiles.chunk_length`): results do not depend on it.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from jax import Array, lax
 
 from bridge import spec
 from jax_power.mosaic_gpu import chunked_prepare as prepare
+from jax_power.mosaic_gpu import tiles
 from jax_power.mosaic_gpu.chunked_fwd import Saved
 from jax_power.mosaic_gpu.chunked_gradient_kv import KeyRows, QueryColumns, gradient_kv
 from jax_power.mosaic_gpu.chunked_gradient_q import QueryRows, gradient_q
@@ -77,7 +78,7 @@ def prepare_rows(call: spec.PowerCall, z: Sizes, q: Array, y: Array, saved: Save
         of_k = prepare.power_of_two(-2 * keys.k_exponent - power).reshape(z.b, 1, z.h_kv) * call.scale**2
         dy_factor = den * jnp.repeat(of_k, z.group, axis=2) / factor**2
     largest = (jnp.max(jnp.abs(dy), axis=-1).astype(jnp.float32) * jnp.abs(dy_factor))[..., None]
-    dy_exponent = prepare.head_exponent(largest, z.h_kv, prepare.DY_RANGE)
+    dy_exponent = prepare.head_exponent(largest, z.h_kv, tiles.DY_RANGE)
     of_dy = jnp.repeat(prepare.power_of_two(dy_exponent).reshape(z.b, 1, z.h_kv), z.group, axis=2)
     level = jnp.where(seen, jnp.maximum((floor_log2(safe) - power) >> 1, Q_SHIFT - 12), 0)
     h = jnp.where(seen, prepare.power_of_two(2 * (level - Q_SHIFT) + power) / safe, 0.0)
@@ -88,7 +89,7 @@ def prepare_rows(call: spec.PowerCall, z: Sizes, q: Array, y: Array, saved: Save
     )
     decay = jnp.exp2(jnp.repeat(gates.chunk_prefix, z.group, axis=0))
     # w q~² < 2^15, or the update's float16 features overflow: reached only by rows nearly orthogonal to all they remember.
-    most = prepare.power_of_two(15 - 2 * (prepare.Q_RANGE + Q_SHIFT - level))
+    most = prepare.power_of_two(15 - 2 * (tiles.Q_RANGE + Q_SHIFT - level))
     weight = jnp.minimum(decay * h * 2.0**STATE_GRADIENT_SHIFT, most)
     staged, weighted = stage(prepare.fill_up(z, q, z.padded_d), q_factor, weight)
     (dy,) = stage(prepare.fill_up(z, dy, z.padded_e), dy_factor)
@@ -116,7 +117,7 @@ def update_gradient(
     z: Sizes, rows: Rows, mean: Array, gates: Gates, keys: Keys, ds: Array | None, dz: Array | None, *, want_first: bool
 ) -> StateGradient:
     """The state gradient behind every chunk from queries, taken last to first; ds and dz arrive behind the last."""
-    bits, moment_bits = 2 * prepare.Q_RANGE + prepare.DY_RANGE + 1, 2 * prepare.Q_RANGE + 7
+    bits, moment_bits = 2 * tiles.Q_RANGE + tiles.DY_RANGE + 1, 2 * tiles.Q_RANGE + 7
     bound = rows.bound.reshape(z.heads, z.group, z.chunks, z.chunk).sum((1, 3))
     last_s = last_z = largest_s = largest_z = None
     if ds is not None and dz is not None:

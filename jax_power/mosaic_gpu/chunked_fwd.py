@@ -24,30 +24,14 @@ from jax import Array, lax
 
 from bridge import spec
 from jax_power.mosaic_gpu import chunked_prepare as prepare
-from jax_power.mosaic_gpu import compat
+from jax_power.mosaic_gpu import compat, tiles
 from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
 from jax_power.mosaic_gpu.chunked_stage import moments as moments_of
 from jax_power.mosaic_gpu.chunked_stage import stage
 from jax_power.mosaic_gpu.chunked_update import BLOCK, COLUMNS, ROWS, TILE, TILED, WGMMA, update, walk_of
 
-
-def query_groups(z: Sizes) -> int:
-    """Consumer warpgroups of a block: four share every state tile (PROBE: 681 TFLOP/s with four, 591 with two)."""
-    return 4 if z.padded_d == z.padded_e == 64 else 2
-
-
 # Swizzle of state tiles: a product's depth is a multiple of its width, here the 16 features of a block.
 NARROW = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))
-REGISTERS = {
-    4: (112, 32),
-    3: (160, 32),
-    2: (232, 40),
-}  # of consumers and producer; what five, four and three warpgroups can share
-
-
-def matrices_together(z: Sizes) -> int:
-    """State matrices that arrive together: of 64 rows two, fewer steps for the same products."""
-    return 2 if z.padded_d == 64 else 1
 
 
 def load_fragments(ref: Any) -> Array:
@@ -102,11 +86,9 @@ def query(
       state_row, moment_row: what the products with state and moments are multiplied by, float32 `[h, t]`.
       finish: last factor on y, float32: `[h_q]` with `normalize` (2^−ν), else `[h_q, t]`.
     """
-    d, e, groups = z.padded_d, z.padded_e, query_groups(z)
-    rows, score = groups * TILE, 2.0**z.score_exponent
-    blocks, has_states, together = z.chunk // rows, states is not None, matrices_together(z)
-    steps, registers = BLOCK // together, REGISTERS[groups]
-    stages, key_stages = (3, 3) if d == e == 64 else (2, 2)
+    d, e, row = z.padded_d, z.padded_e, tiles.query(z.padded_d, z.padded_e)
+    groups, stages, key_stages, together = row.groups, row.stages, row.tile_stages, row.together
+    score, blocks, has_states, steps = 2.0**z.score_exponent, z.chunk // (groups * TILE), states is not None, BLOCK // together
 
     def query_kernel(q_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
         prefix_gmem, decay_gmem, total_gmem, finish_gmem, *others = refs
@@ -128,7 +110,7 @@ def query(
 
         @pl.when(thread < groups)
         def _consume() -> None:
-            plgpu.set_max_registers(registers[0], action="increase")
+            plgpu.set_max_registers(row.consumer_registers, action="increase")
             own_tile = block * groups + thread
             token = chunk * z.chunk + own_tile * TILE
             here, mine = pl.ds(token, TILE), rows_full.at[thread]
@@ -263,7 +245,7 @@ def query(
 
         @pl.when(thread == groups)
         def _load() -> None:
-            plgpu.set_max_registers(registers[1], action="decrease")
+            plgpu.set_max_registers(row.producer_registers, action="decrease")
             last_tile = block * groups + (groups - 1)
             first_token = chunk * z.chunk
 
@@ -371,15 +353,15 @@ def update_states(
 ) -> tuple[States, Last]:
     """The states before every chunk from keys and values; s0 and z0 as `prepare.to_square` leaves them, in scaled units."""
     weight = gates.chunk_decay.reshape(z.heads, z.chunks, z.chunk).sum(2)
-    bits = 2 * prepare.K_RANGE + prepare.V_RANGE
+    bits = 2 * tiles.K_RANGE + tiles.V_RANGE
     first = None if s0 is None else jnp.max(jnp.abs(s0), (1, 2, 3)) * 2.0**-bits
     state_bound, _ = prepare.scan_chunks(gates.chunk_sum, weight, first)
     of_chunks = moments_of(keys.k, gates.chunk_decay, chunk=z.chunk, group=1)
     moments, last_moments = prepare.scan_chunks(gates.chunk_sum, of_chunks, z0)
-    first = None if z0 is None else jnp.max(jnp.abs(z0), (1, 2)) * 2.0 ** (-2 * prepare.K_RANGE)
+    first = None if z0 is None else jnp.max(jnp.abs(z0), (1, 2)) * 2.0 ** (-2 * tiles.K_RANGE)
     moment_bound, _ = prepare.scan_chunks(gates.chunk_sum, weight, first)
     state_factor = prepare.state_factor(state_bound, bits)
-    moment_factor = prepare.state_factor(moment_bound, 2 * prepare.K_RANGE)
+    moment_factor = prepare.state_factor(moment_bound, 2 * tiles.K_RANGE)
     states, last = update(
         weighted, keys.k, keys.v, jnp.exp2(gates.chunk_sum), state_factor,
         None if s0 is None else prepare.to_blocks(z, s0), walk_of(gates.chunk_sum, reverse=False),

@@ -22,9 +22,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_power.mosaic_gpu import compat
+from jax_power.mosaic_gpu import compat, tiles
 from jax_power.mosaic_gpu.chunked_fwd import NARROW, decay_on_diagonal, load_fragments, store_rows
-from jax_power.mosaic_gpu.chunked_gradient_q import HALF_MAX, gradient_groups, load_matrices
+from jax_power.mosaic_gpu.chunked_gradient_q import HALF_MAX, load_matrices
 from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
 from jax_power.mosaic_gpu.chunked_update import BLOCK, COLUMNS, ROWS, TILE, TILED, WGMMA
 
@@ -71,9 +71,9 @@ def gradient_kv(
       states, moments: of the gradient, behind every chunk, float16; none if nothing comes from behind the only chunk.
       finish: from dk^ and dv^ to dk and dv, float32 `[2, h]`.
     """
-    d, e, groups = z.padded_d, z.padded_e, gradient_groups(z)
+    d, e, row = z.padded_d, z.padded_e, tiles.gradient(z.padded_d, z.padded_e)
+    groups, stages, query_stages = row.groups, row.stages, row.tile_stages
     blocks, has_states = z.chunk // (groups * TILE), states is not None
-    stages, query_stages = (6, 3) if d == e == 64 else (2, 2)
     feature_blocks = d // BLOCK
     vectors = [gates.tile_prefix, gates.tile_decay, *(rows if has_states else ())]
 
@@ -96,7 +96,7 @@ def gradient_kv(
 
         @pl.when(thread < groups)
         def _consume() -> None:
-            plgpu.set_max_registers(232 if groups > 1 else 248, action="increase")
+            plgpu.set_max_registers(row.consumer_registers, action="increase")
             own_tile = first_tile + thread
             here, mine = pl.ds(chunk * z.chunk + own_tile * TILE, TILE), rows_full.at[thread]
             plgpu.copy_gmem_to_smem(k_gmem.at[head, :, here], k_smem.at[thread], mine)
@@ -243,7 +243,7 @@ def gradient_kv(
 
         @pl.when(thread == groups)
         def _load() -> None:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(row.producer_registers, action="decrease")
 
             def load_queries(i: Any) -> None:
                 slot = lax.rem(i, jnp.int32(query_stages))

@@ -20,17 +20,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_power.mosaic_gpu import compat
+from jax_power.mosaic_gpu import compat, tiles
 from jax_power.mosaic_gpu.chunked_fwd import decay_on_diagonal, load_fragments, store_rows
 from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
 from jax_power.mosaic_gpu.chunked_update import COLUMNS, ROWS, TILE, TILED, WGMMA
 
 HALF_MAX = 65504.0
-
-
-def gradient_groups(z: Sizes) -> int:
-    """Consumer warpgroups of a block of the gradient kernels: a head of 128 leaves shared memory for one."""
-    return 2 if z.padded_d == 64 else 1
 
 
 class QueryRows(NamedTuple):
@@ -87,9 +82,9 @@ def gradient_q(
       states, moments: before every chunk, float16; none if the call is one chunk from nothing.
       ds_scale: 2^DS_SHIFT.
     """
-    d, e, groups = z.padded_d, z.padded_e, gradient_groups(z)
+    d, e, row = z.padded_d, z.padded_e, tiles.gradient(z.padded_d, z.padded_e)
+    groups, stages, key_stages = row.groups, row.stages, row.tile_stages
     blocks, has_states = z.chunk // (groups * TILE), states is not None
-    stages, key_stages = (6, 3) if d == e == 64 else (2, 2)
     vectors = [rows.h, rows.mean, rows.finish, *((rows.state, rows.moment, rows.mass) if has_states else ())]
 
     def gradient_q_kernel(
@@ -110,7 +105,7 @@ def gradient_q(
 
         @pl.when(thread < groups)
         def _consume() -> None:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(row.consumer_registers, action="increase")
             own_tile = block * groups + thread
             token = chunk * z.chunk + own_tile * TILE
             here, mine = pl.ds(token, TILE), rows_full.at[thread]
@@ -237,7 +232,7 @@ def gradient_q(
 
         @pl.when(thread == groups)
         def _load() -> None:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(row.producer_registers, action="decrease")
 
             def load_keys(i: Any) -> None:
                 slot, token = lax.rem(i, jnp.int32(key_stages)), pl.ds(chunk * z.chunk + (last_tile - i) * TILE, TILE)

@@ -17,15 +17,10 @@ import numpy as np
 from jax import Array, lax
 
 from bridge import spec
+from jax_power.mosaic_gpu import tiles
 from jax_power.mosaic_gpu.chunked_stage import stage
 from jax_power.mosaic_gpu.chunked_update import BLOCK, TILE
 
-# Ranges of the scaled operands, as powers of two: |q^| < 2^Q_RANGE (each row on its own), |k^| < 2^K_RANGE, |v^| < 2^V_RANGE
-# (each per key-value head). k is put high because it enters squared: a key 2^10 smaller than the largest still has normal
-# features.
-Q_RANGE, K_RANGE, V_RANGE, DY_RANGE = 1, 4, 0, 0
-# States are stored below 2^STATE_RANGE, half of float16's range.
-STATE_RANGE = 15
 LOG2_E = 1.4426950408889634
 # Chunks that a scan sums at once: two levels serve 64 chunks (a scan by pairs is a dozen launches of microseconds).
 SCAN_GROUP = 8
@@ -69,31 +64,19 @@ class Sizes:
 
     @property
     def padded_d(self) -> int:
-        return 64 if self.d <= 64 else 128
+        return tiles.padded_head(self.d)
 
     @property
     def padded_e(self) -> int:
-        return 64 if self.e <= 64 else 128
+        return tiles.padded_head(self.e)
 
     @property
     def score_exponent(self) -> int:
-        """Squared scores are at most (d · 2^(Q_RANGE + K_RANGE))²; times 2^score_exponent they fit float16 (< 2^15)."""
-        return 15 - 2 * ((6 if self.padded_d == 64 else 7) + Q_RANGE + K_RANGE)
-
-
-def chunk_length(t: int, d: int, e: int) -> int:
-    """Chunk length, by the table of csrc/power/tiles.h: c well under 4·D, and states that fit memory."""
-    if t <= 256:
-        return 256
-    if t <= 1024:
-        return 512  # more chunks: short sequences need blocks to fill the chip
-    if d > 64:
-        return 4096 if t >= 16384 else 1024  # D = 8704: a state is 2.2 MB, 1/4 the memory of 1024
-    return 2048 if e > 64 and t >= 16384 else 1024  # d = 64, t = 65536, 8 heads: 168 MB of states
+        return tiles.score_exponent(self.padded_d)
 
 
 def sizes_of(call: spec.PowerCall) -> Sizes:
-    return Sizes(call.b, call.t, call.h_q, call.h_kv, call.d, call.e, chunk_length(call.t, call.d, call.e))
+    return Sizes(call.b, call.t, call.h_q, call.h_kv, call.d, call.e, tiles.chunk_length(call.t, call.d, call.e))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,7 +199,7 @@ def head_exponent(x: Array, h_kv: int, power: int) -> Array:
 
 def row_factor(x: Array) -> Array:
     """2^a that brings each row of `[…, n]` into [2^(Q_RANGE − 1), 2^Q_RANGE), `[…]`."""
-    return power_of_two(scaling_exponent(jnp.max(jnp.abs(x), axis=-1).astype(jnp.float32), Q_RANGE))
+    return power_of_two(scaling_exponent(jnp.max(jnp.abs(x), axis=-1).astype(jnp.float32), tiles.Q_RANGE))
 
 
 def fill_up(z: Sizes, x: Array, width: int) -> Array:
@@ -240,7 +223,7 @@ class Keys(NamedTuple):
 
 def prepare_keys(z: Sizes, k: Array, v: Array, gates: Gates) -> tuple[Keys, Array]:
     """Keys and values, and (w k^)ᵀ, w being the decay to the chunk's end."""
-    k_exponent, v_exponent = head_exponent(k, z.h_kv, K_RANGE), head_exponent(v, z.h_kv, V_RANGE)
+    k_exponent, v_exponent = head_exponent(k, z.h_kv, tiles.K_RANGE), head_exponent(v, z.h_kv, tiles.V_RANGE)
     of_k, of_v = (
         jnp.broadcast_to(power_of_two(exponent)[:, None], (z.heads, z.tokens)) for exponent in (k_exponent, v_exponent)
     )
@@ -300,4 +283,4 @@ def from_blocks(z: Sizes, blocks: tuple[Array, ...]) -> Array:
 
 def state_factor(bound: Array, bits: int) -> Array:
     """What brings a state whose entries are below bound · 2^bits into float16's range; 1 where the bound is 0."""
-    return jnp.where(bound > 0, 2.0 ** (STATE_RANGE - bits) / jnp.where(bound > 0, bound, 1.0), 1.0)
+    return jnp.where(bound > 0, 2.0 ** (tiles.STATE_RANGE - bits) / jnp.where(bound > 0, bound, 1.0), 1.0)

@@ -20,12 +20,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_power.mosaic_gpu import compat
+from jax_power.mosaic_gpu import compat, tiles
 from jax_power.mosaic_gpu.chunked_update import COLUMNS, ROWS, TILE, TILED, WGMMA
-
-# Tiles of tokens a block stages: at most 48 KiB of shared memory with two results, so that four blocks share a multiprocessor.
-SPAN = 2
-MOMENT_STAGES = 4
 
 
 @jax.jit
@@ -37,7 +33,8 @@ def stage(x: Array, factor: Array, weight: Array | None = None) -> tuple[Array, 
       factor, weight: float32 `[b · h, t]`.
     """
     b, t, h, n = x.shape
-    blocks = t // (SPAN * TILE)
+    span = tiles.STAGE_SPAN
+    blocks = t // (span * TILE)
     results = 1 if weight is None else 2
 
     def stage_kernel(x_gmem: Any, factor_gmem: Any, *refs: Any) -> None:
@@ -48,11 +45,11 @@ def stage(x: Array, factor: Array, weight: Array | None = None) -> tuple[Array, 
         batch, own_head = lax.div(head, jnp.int32(h)), lax.rem(head, jnp.int32(h))
 
         def tokens(i: int) -> Any:
-            return pl.ds((block * SPAN + i) * TILE, TILE)
+            return pl.ds((block * span + i) * TILE, TILE)
 
-        for i in range(SPAN):
+        for i in range(span):
             plgpu.copy_gmem_to_smem(x_gmem.at[batch, tokens(i), own_head], x_smem.at[i], full.at[i])
-        for i in range(SPAN):
+        for i in range(span):
             of_row = compat.load(factor_gmem.at[head, tokens(i)], ROWS, optimized=False)
             of_weight = None if weight_gmem is None else compat.load(weight_gmem.at[head, tokens(i)], ROWS, optimized=False)
             plgpu.barrier_wait(full.at[i])
@@ -71,9 +68,9 @@ def stage(x: Array, factor: Array, weight: Array | None = None) -> tuple[Array, 
         stage_kernel,
         out_type=[jax.ShapeDtypeStruct((b * h, n, t), jnp.float16) for _ in range(results)],
         scratch_types=[
-            plgpu.SMEM((SPAN, TILE, n), x.dtype, transforms=TILED),
-            plgpu.SMEM((SPAN, results, n, TILE), jnp.float16, transforms=TILED),
-            plgpu.Barrier(num_barriers=SPAN),
+            plgpu.SMEM((span, TILE, n), x.dtype, transforms=TILED),
+            plgpu.SMEM((span, results, n, TILE), jnp.float16, transforms=TILED),
+            plgpu.Barrier(num_barriers=span),
         ],
         grid=(b * h * blocks,),
         grid_names=("item",),
@@ -90,8 +87,8 @@ def moments(x: Array, weight: Array, *, chunk: int, group: int) -> Array:
       weight: float32 `[h · group, t]`; w x is rounded to float16.
     """
     heads, d, t = x.shape
-    chunks, tiles = t // chunk, group * (chunk // TILE)
-    stages = min(MOMENT_STAGES, tiles)
+    chunks, count = t // chunk, group * (chunk // TILE)
+    stages = min(tiles.MOMENT_STAGES, count)
 
     def moments_kernel(
         x_gmem: Any, weight_gmem: Any, out_gmem: Any, x_smem: Any, weight_smem: Any, full: Any, read: Any
@@ -109,7 +106,7 @@ def moments(x: Array, weight: Array, *, chunk: int, group: int) -> Array:
             load(jnp.int32(i), i)
 
         def products(acc: Any) -> Array:
-            @pl.loop(0, tiles)
+            @pl.loop(0, count)
             def _(i: Any) -> None:
                 slot = lax.rem(i, jnp.int32(stages))
                 plgpu.barrier_wait(full.at[slot])
@@ -119,7 +116,7 @@ def moments(x: Array, weight: Array, *, chunk: int, group: int) -> Array:
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(read)  # the next copy must not overtake the slowest warp's reads
                 plgpu.barrier_wait(read)
-                pl.when(i + stages < tiles)(lambda: load(i + stages, slot))
+                pl.when(i + stages < count)(lambda: load(i + stages, slot))
 
             return acc[...]
 

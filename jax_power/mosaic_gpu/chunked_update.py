@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jax_power.mosaic_gpu import compat
+from jax_power.mosaic_gpu import compat, tiles
 
 # Side of the blocks of features: a k-step of a 16-bit matrix instruction.
 BLOCK = 16
@@ -39,7 +39,6 @@ TILE = 64
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 WGMMA = plgpu.Layout.WGMMA
 ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)
-STAGES = 6
 # Sums handed over, float32: rows of 64 bytes, so that widths are multiples of 16.
 PARTIAL = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(64))
 
@@ -91,9 +90,10 @@ def update(
     blocks = d // BLOCK
     widths = [d - BLOCK * b for b in range(blocks)]
     kinds, halves = blocks // 4, e // 64
-    tiles = group * chunk_tiles
-    total = chunks * tiles
-    stages = min(STAGES if d == 64 else 2, total)  # even: a warpgroup sees every phase of the slots it uses
+    step_tiles = group * chunk_tiles
+    total = chunks * step_tiles
+    row = tiles.update(d, total)
+    stages = row.tile_stages
     has_first = first is not None
     places = [max(widths[blocks_of(kind, blocks)[n]] for kind in range(kinds)) for n in range(4)]
 
@@ -102,7 +102,7 @@ def update(
     ) -> None:
         first_gmem, (states_gmem, *others) = refs[: blocks * has_first], refs[blocks * has_first :]
         last_gmem, (scratch,) = others[: blocks * want_last], others[blocks * want_last :]
-        rows_smem, x_smem, y_smem, out_smem, partial_smem, begun, full, empty, written, read = scratch
+        rows_smem, x_smem, y_smem, out_smem, partial_smem, full, empty, written, read = scratch
         item, thread = lax.axis_index("item"), lax.axis_index("warpgroup")
         member, rest = lax.rem(item, jnp.int32(BLOCK)), lax.div(item, jnp.int32(BLOCK))
         kind, rest = lax.rem(rest, jnp.int32(kinds)), lax.div(rest, jnp.int32(kinds))
@@ -170,20 +170,21 @@ def update(
                 chunk = first_chunk + step * stride
                 write_states(accs, chunk)
                 across = decay_gmem[head, chunk]
-                base = step * tiles + thread
+                base = step * step_tiles + thread
 
                 def products(refs: Any) -> None:
-                    lax.fori_loop(0, tiles // 2, lambda i, _: tile_products(refs, base + 2 * i), None)
+                    lax.fori_loop(0, step_tiles // 2, lambda i, _: tile_products(refs, base + 2 * i), None)
 
                 start = [*(acc * across for acc in accs), *map(zeros, given)]
                 accs = pl.run_state(products)(tuple(plgpu.WGMMAAccumulatorRef.init(acc) for acc in start))
                 return exchange(accs)
 
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(row.consumer_registers, action="increase")
             if has_first:
+                # By way of shared memory, behind which JAX no longer counts them as varying over a mesh, which sums do not.
                 for b in kept:
-                    plgpu.copy_gmem_to_smem(first_gmem[b].at[head, member, columns], partial(b), begun.at[thread])
-                plgpu.barrier_wait(begun.at[thread])
+                    partial(b)[...] = compat.load(first_gmem[b].at[head, member, columns], WGMMA, optimized=False)
+                plgpu.commit_smem()
                 accs = tuple(compat.load(partial(b), WGMMA) for b in kept)
                 plgpu.barrier_arrive(read)  # before both have theirs, no sums may be handed over in this memory
                 plgpu.barrier_wait(read)
@@ -202,10 +203,10 @@ def update(
 
         @pl.when(thread == 2)
         def _load() -> None:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(row.producer_registers, action="decrease")
 
             def load(i: Any, slot: Any) -> None:
-                step, inside = lax.div(i, jnp.int32(tiles)), lax.rem(i, jnp.int32(tiles))
+                step, inside = lax.div(i, jnp.int32(step_tiles)), lax.rem(i, jnp.int32(step_tiles))
                 source, tile = lax.div(inside, jnp.int32(chunk_tiles)), lax.rem(inside, jnp.int32(chunk_tiles))
                 source = head * group + source
                 token = pl.ds(((first_chunk + step * stride) * chunk_tiles + tile) * TILE, TILE)
@@ -233,7 +234,6 @@ def update(
                 plgpu.SMEM((stages, 64, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((2, 2, d, 64), jnp.float16, transforms=TILED),
                 [plgpu.SMEM((64, width), jnp.float32, transforms=PARTIAL) for width in places],
-                plgpu.Barrier(num_arrivals=2, num_barriers=2),
                 plgpu.Barrier(num_arrivals=3, num_barriers=stages),
                 plgpu.Barrier(num_barriers=stages),
                 plgpu.Barrier(num_arrivals=2),
