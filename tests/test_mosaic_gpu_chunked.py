@@ -69,7 +69,7 @@ def test_lowers_for_cuda(dtype: str, case: Case, kernels: int) -> None:
 
 
 def test_shared_memory_is_estimated_before_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "query", lambda d, e: tiles.Chunked(4, 12, 3, 112, 32, together=2))
+    monkeypatch.setattr(tiles, "query", lambda d: tiles.Chunked(4, 12, 3, 112, 32, together=2))
     with pytest.raises(NotImplementedError, match="query_kernel: .* bytes of shared memory"):
         case = Case("too_much", t=300, d=64, e=64)
         jax.eval_shape(lambda x: run(case, x), case.make("bfloat16"))
@@ -85,8 +85,8 @@ def interpret() -> None:
     case = Case("interpreted", t=70, h_q=1, h_kv=1, d=64, e=64, initial_state=True)
     arrays = case.make("bfloat16")
     with interpreted(jnp.float16) as patch:
-        patch.setattr(tiles, "chunk_length", lambda t, d, e: 128)
-        patch.setattr(tiles, "query", lambda d, e: tiles.Chunked(2, 3, 3, 232, 40, together=2))
+        patch.setattr(tiles, "chunk_length", lambda t, size: 128)
+        patch.setattr(tiles, "query", lambda d: tiles.Chunked(2, 3, 3, 232, 40, together=2))
         got = run(case, arrays)
     found = cases.errors({name: np.asarray(x) for name, x in got.items()}, case.exact(arrays), case, arrays["dy"])
     cases.assert_within(found, cases.bounds("bfloat16", "mosaic_gpu", case), case.name)
@@ -119,7 +119,7 @@ AROUND = (
 @pytest.mark.parametrize(("dtype", "case"), AROUND, ids=lambda x: getattr(x, "name", x))
 def test_around_the_kernels_matches_oracle(monkeypatch: pytest.MonkeyPatch, dtype: str, case: Case) -> None:
     mosaic_gpu_formulas.use(monkeypatch)
-    monkeypatch.setattr(tiles, "chunk_length", lambda t, d, e: 128)
+    monkeypatch.setattr(tiles, "chunk_length", lambda t, size: 128)
     arrays = case.make(dtype)
     got = jax.jit(lambda x: run(case, x))(arrays)
     found = cases.errors({name: np.asarray(x) for name, x in got.items()}, case.exact(arrays), case, arrays["dy"])
@@ -170,7 +170,7 @@ def shard() -> None:
         assert text.count("@mosaic_gpu_v2") == 11
         jax.clear_caches()
         mosaic_gpu_formulas.use(patch)
-        patch.setattr(tiles, "chunk_length", lambda t, d, e: 128)
+        patch.setattr(tiles, "chunk_length", lambda t, size: 128)
         got, want = jax.jit(sharded)(inputs), jax.jit(both)(inputs)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         # Ranges, powers of two, are of a head: only the order of float32 sums may differ.

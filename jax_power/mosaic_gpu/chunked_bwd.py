@@ -91,8 +91,8 @@ def prepare_rows(call: spec.PowerCall, z: Sizes, q: Array, y: Array, saved: Save
     # w q~² < 2^15, or the update's float16 features overflow: reached only by rows nearly orthogonal to all they remember.
     most = prepare.power_of_two(15 - 2 * (tiles.Q_RANGE + Q_SHIFT - level))
     weight = jnp.minimum(decay * h * 2.0**STATE_GRADIENT_SHIFT, most)
-    staged, weighted = stage(prepare.fill_up(z, q, z.padded_d), q_factor, weight)
-    (dy,) = stage(prepare.fill_up(z, dy, z.padded_e), dy_factor)
+    staged, weighted = stage(prepare.fill_up(z, q, z.padded), q_factor, weight)
+    (dy,) = stage(prepare.fill_up(z, dy, z.padded), dy_factor)
     return Rows(staged, weighted, dy, weight, q_factor, h, delta, decay * inverse, dy_exponent)
 
 
@@ -109,7 +109,7 @@ class StateGradient(NamedTuple):
 
 def multiplicity(z: Sizes) -> np.ndarray:
     """Rows of the public state that moments (a, j) and (j, a) share: 1 inside a tile's own block, else 2. `[d, d]`."""
-    tile = np.arange(z.padded_d) // 8
+    tile = np.arange(z.padded) // 8
     return np.where(tile[:, None] == tile, 1.0, 2.0).astype(np.float32)
 
 

@@ -86,7 +86,7 @@ def query(
       state_row, moment_row: what the products with state and moments are multiplied by, float32 `[h, t]`.
       finish: last factor on y, float32: `[h_q]` with `normalize` (2^−ν), else `[h_q, t]`.
     """
-    d, e, row = z.padded_d, z.padded_e, tiles.query(z.padded_d, z.padded_e)
+    d, e, row = z.padded, z.padded, tiles.query(z.padded)
     groups, stages, key_stages, together = row.groups, row.stages, row.tile_stages, row.together
     score, blocks, has_states, steps = 2.0**z.score_exponent, z.chunk // (groups * TILE), states is not None, BLOCK // together
 
@@ -95,10 +95,9 @@ def query(
         if has_states:
             states_gmem, moments_gmem, state_row_gmem, moment_row_gmem, *others = others
         y_gmem, norm_gmem, scratch = others
-        q_smem, factors_smem, vectors_smem, state_smem, k_smem, v_smem, decay_smem, *rest = scratch
-        rows_full, state_full, state_empty, keys_full, keys_empty = rest[-5:]
-        # Where the head sizes let them, y leaves through the queries and the moments arrive in the first state slot.
-        y_smem, moments_smem = (q_smem, state_smem.at[0, 0]) if d == e else rest[:2]
+        q_smem, factors_smem, vectors_smem, state_smem, k_smem, v_smem, decay_smem, *barriers = scratch
+        rows_full, state_full, state_empty, keys_full, keys_empty = barriers
+        moments_smem = state_smem.at[0, 0]  # moments arrive before the first states
         item, thread = lax.axis_index("item"), lax.axis_index("warpgroup")
         chunk, block = lax.rem(item, jnp.int32(z.chunks)), lax.div(item, jnp.int32(z.chunks))
         q_head, block = lax.div(block, jnp.int32(blocks)), blocks - 1 - lax.rem(block, jnp.int32(blocks))
@@ -239,7 +238,7 @@ def query(
                 factor = compat.load(finish_gmem.at[q_head, here], ROWS, optimized=False) / lift
             vectors_smem.at[thread, 1][...] = den / lift
             y = lax.bitcast_convert_type((acc * spread(factor, e)).astype(out_dtype), jnp.float16)
-            store_rows(y, y_smem.at[thread], y_gmem.at[batch, here, own_head])
+            store_rows(y, q_smem.at[thread], y_gmem.at[batch, here, own_head])
             plgpu.copy_smem_to_gmem(vectors_smem.at[thread, 1], norm_gmem.at[q_head, here])
             plgpu.wait_smem_to_gmem(0)
 
@@ -282,8 +281,6 @@ def query(
     arrays: list[Any] = [q, keys.k, keys.v, gates.tile_prefix, gates.tile_decay, gates.tile_total, finish]
     if has_states:
         arrays += [states, moments, state_row, moment_row]
-    apart = [plgpu.SMEM((groups, e, TILE), jnp.float16, transforms=TILED), plgpu.SMEM((d, d), jnp.float16, transforms=NARROW)]
-    apart = [] if d == e else apart
     run = compat.kernel(
         query_kernel,
         out_type=[
@@ -299,7 +296,6 @@ def query(
                 plgpu.SMEM((key_stages, d, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((key_stages, e, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((key_stages, TILE), jnp.float32),
-                *apart,
                 plgpu.Barrier(num_arrivals=5 if has_states else 2, num_barriers=groups),
                 plgpu.Barrier(num_arrivals=together, num_barriers=stages),
                 plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
@@ -389,7 +385,7 @@ def forward(
     keys, weighted = prepare.prepare_keys(z, k, v, gates)
     row_factor = prepare.row_factor(q)
     q_factor = prepare.rows_of(z, row_factor)
-    (queries,) = stage(prepare.fill_up(z, q, z.padded_d), q_factor)
+    (queries,) = stage(prepare.fill_up(z, q, z.padded), q_factor)
     first_s, first_z = scaled_first(z, keys, s0, z0)
     states = last = None
     if z.chunks > 1 or s0 is not None or call.return_state:

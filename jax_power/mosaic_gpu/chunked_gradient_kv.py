@@ -71,7 +71,7 @@ def gradient_kv(
       states, moments: of the gradient, behind every chunk, float16; none if nothing comes from behind the only chunk.
       finish: from dk^ and dv^ to dk and dv, float32 `[2, h]`.
     """
-    d, e, row = z.padded_d, z.padded_e, tiles.gradient(z.padded_d, z.padded_e)
+    d, e, row = z.padded, z.padded, tiles.gradient(z.padded)
     groups, stages, query_stages = row.groups, row.stages, row.tile_stages
     blocks, has_states = z.chunk // (groups * TILE), states is not None
     feature_blocks = d // BLOCK
@@ -132,7 +132,7 @@ def gradient_kv(
                     return lax.slice(doubled, (0, max(own, 0)), (TILE, TILE))
 
                 # In pieces of 64 columns. Beside dk and dv of 128, registers hold none from one matrix to the next.
-                held = (piece(k_smem, 0), piece(v_smem, 0)) if d == e == TILE else None
+                held = (piece(k_smem, 0), piece(v_smem, 0)) if d == TILE else None
                 for b in range(feature_blocks):
                     held_k = None if held is None else later_features(held[0], 0, b)
 

@@ -82,7 +82,7 @@ def gradient_q(
       states, moments: before every chunk, float16; none if the call is one chunk from nothing.
       ds_scale: 2^DS_SHIFT.
     """
-    d, e, row = z.padded_d, z.padded_e, tiles.gradient(z.padded_d, z.padded_e)
+    d, e, row = z.padded, z.padded, tiles.gradient(z.padded)
     groups, stages, key_stages = row.groups, row.stages, row.tile_stages
     blocks, has_states = z.chunk // (groups * TILE), states is not None
     vectors = [rows.h, rows.mean, rows.finish, *((rows.state, rows.moment, rows.mass) if has_states else ())]

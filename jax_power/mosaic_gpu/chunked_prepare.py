@@ -63,20 +63,17 @@ class Sizes:
         return self.chunk // TILE
 
     @property
-    def padded_d(self) -> int:
-        return tiles.padded_head(self.d)
-
-    @property
-    def padded_e(self) -> int:
-        return tiles.padded_head(self.e)
+    def padded(self) -> int:
+        """Head size of the kernels' operands, keys and values alike."""
+        return tiles.padded_head(max(self.d, self.e))
 
     @property
     def score_exponent(self) -> int:
-        return tiles.score_exponent(self.padded_d)
+        return tiles.score_exponent(self.padded)
 
 
 def sizes_of(call: spec.PowerCall) -> Sizes:
-    return Sizes(call.b, call.t, call.h_q, call.h_kv, call.d, call.e, tiles.chunk_length(call.t, call.d, call.e))
+    return Sizes(call.b, call.t, call.h_q, call.h_kv, call.d, call.e, tiles.chunk_length(call.t, max(call.d, call.e)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,8 +224,8 @@ def prepare_keys(z: Sizes, k: Array, v: Array, gates: Gates) -> tuple[Keys, Arra
     of_k, of_v = (
         jnp.broadcast_to(power_of_two(exponent)[:, None], (z.heads, z.tokens)) for exponent in (k_exponent, v_exponent)
     )
-    staged, weighted = stage(fill_up(z, k, z.padded_d), of_k, gates.chunk_decay)
-    return Keys(staged, stage(fill_up(z, v, z.padded_e), of_v)[0], k_exponent, v_exponent), weighted
+    staged, weighted = stage(fill_up(z, k, z.padded), of_k, gates.chunk_decay)
+    return Keys(staged, stage(fill_up(z, v, z.padded), of_v)[0], k_exponent, v_exponent), weighted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,25 +255,25 @@ def _moment_rows(d: int, padded_d: int) -> np.ndarray:
 
 def to_square(z: Sizes, s: Array) -> Array:
     """A public state `[h, D, n]` as moments of pairs of features `[h, a, j, n]`, symmetric in a and j."""
-    square = jnp.pad(s, ((0, 0), (0, 1), (0, 0)))[:, _public_rows(z.d, z.padded_d)]
+    square = jnp.pad(s, ((0, 0), (0, 1), (0, 0)))[:, _public_rows(z.d, z.padded)]
     return 0.5 * (square + jnp.swapaxes(square, 1, 2))
 
 
 def from_square(z: Sizes, square: Array) -> Array:
     """The inverse of `to_square` on symmetric moments: `[h, a, j, n]` → `[h, D, n]`."""
-    return square.reshape(square.shape[0], -1, square.shape[3])[:, _moment_rows(z.d, z.padded_d)]
+    return square.reshape(square.shape[0], -1, square.shape[3])[:, _moment_rows(z.d, z.padded)]
 
 
 def to_blocks(z: Sizes, square: Array) -> tuple[Array, ...]:
     """`[h, a, j, e]` → what `update` starts from, per block b `[h, 16, e, d − 16 b]`."""
-    square = jnp.pad(square, ((0, 0), (0, 0), (0, 0), (0, z.padded_e - square.shape[3])))
-    blocks = range(0, z.padded_d, BLOCK)
+    square = jnp.pad(square, ((0, 0), (0, 0), (0, 0), (0, z.padded - square.shape[3])))
+    blocks = range(0, z.padded, BLOCK)
     return tuple(jnp.swapaxes(square[:, b : b + BLOCK, b:], 2, 3) for b in blocks)
 
 
 def from_blocks(z: Sizes, blocks: tuple[Array, ...]) -> Array:
     """What `update` ends with as a public state `[h, D, e]`."""
-    whole = [jnp.pad(x, ((0, 0), (0, 0), (0, 0), (z.padded_d - x.shape[3], 0))) for x in blocks]
+    whole = [jnp.pad(x, ((0, 0), (0, 0), (0, 0), (z.padded - x.shape[3], 0))) for x in blocks]
     square = jnp.swapaxes(jnp.concatenate(whole, 1), 2, 3)
     return from_square(z, square)[..., : z.e]
 

@@ -103,8 +103,8 @@ def score_exponent(d: int) -> int:
     return 15 - 2 * ((6 if d == 64 else 7) + Q_RANGE + K_RANGE)
 
 
-def chunk_length(t: int, d: int, e: int) -> int:
-    """Chunk length: c well under 4·D, and states that fit memory; a multiple of the rows of every kernel's block.
+def chunk_length(t: int, size: int) -> int:
+    """Chunk length for heads of `size`: c well under 4·D, and states that fit memory; a multiple of the rows of every block.
 
     The CUDA twin's 768 (3 % less time at d = 64) is no power of two: t = 65536 would have to be filled up, which XLA does by
     copying q, k, v and y.
@@ -113,9 +113,8 @@ def chunk_length(t: int, d: int, e: int) -> int:
         return 256
     if t <= 1024:
         return 512  # more chunks: short sequences need blocks to fill the chip
-    if d > 64:
-        return 4096 if t >= 16384 else 1024  # D = 8704: a state is 2.2 MB, 1/4 the memory of 1024
-    return 2048 if e > 64 and t >= 16384 else 1024  # d = 64, t = 65536, 8 heads: 268 MB of states
+    # d = 64, t = 65536, 8 heads: 268 MB of states. d = 128: D = 8704, and a state is 4.2 MB.
+    return 4096 if size > 64 and t >= 16384 else 1024
 
 
 # Staging: tiles of tokens a block takes, at most 48 KiB of shared memory with two results, so that four share a multiprocessor.
@@ -132,22 +131,19 @@ def update(d: int, steps: int) -> Chunked:
     )
 
 
-def query(d: int, e: int) -> Chunked:
+def query(d: int) -> Chunked:
     """Row of the table for y."""
-    if d == e == 64:
+    if d == 64:
         # Four share every state tile (PROBE: 681 TFLOP/s with four, 591 with two); two matrices of up to 64 rows a stage take
         # half the steps of one.
         return Chunked(groups=4, stages=3, tile_stages=3, consumer_registers=112, producer_registers=32, together=2)
-    return Chunked(
-        groups=2, stages=2, tile_stages=2, consumer_registers=232, producer_registers=40, together=2 if d == 64 else 1
-    )
+    return Chunked(groups=2, stages=2, tile_stages=2, consumer_registers=232, producer_registers=40)
 
 
-def gradient(d: int, e: int) -> Chunked:
+def gradient(d: int) -> Chunked:
     """Row of the table for dq, and for dk and dv."""
     if d == 64:
-        stages = (6, 3) if e == 64 else (2, 2)
-        return Chunked(2, *stages, consumer_registers=232, producer_registers=40)
+        return Chunked(groups=2, stages=6, tile_stages=3, consumer_registers=232, producer_registers=40)
     # A head of 128 leaves shared memory for one warpgroup, which then has registers for dk, dv, S and dP (192) and more.
     return Chunked(groups=1, stages=2, tile_stages=2, consumer_registers=248, producer_registers=40)
 
