@@ -5,23 +5,27 @@
 bfloat16, causal, p = 2: `jax_power.power_attention` with implementation="mosaic_gpu" and "cuda_ffi", and
 `jax.nn.dot_product_attention(implementation="cudnn")` on the same q, k, v (softmax has no gates), each as one compiled program
 forward and one with gradients. `kernel_ms` is the time of all kernels of a program by CUPTI, `kernels` lists them; `wall_ms`
-is that of calls issued one after the other; medians. `trace_s` and `compile_s` are what the first call with gradients costs:
-for the first contestant alone on the machine (`alone`), for the others beside each other. A contestant whose result is wrong
-has no time: y and every gradient of whole heads against float64 (benchmarks/gpu.py). About 90 s for everything.
+is that of calls issued one after the other; medians. `trace_s` and `compile_s` are what the first call with gradients costs;
+the first contestant of a group is traced by itself, the others beside each other. A contestant whose result is wrong has no
+time: y and every gradient of a whole head against float64 (benchmarks/gpu.py). About 90 s for everything.
 """
 
 from __future__ import annotations
 
 import collections
+import fcntl
 import functools
+import json
 import os
 import pathlib
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -133,9 +137,9 @@ def errors(x: Programs) -> dict[str, float]:
     return {name: cases.relative_error(got[name][where[0], :, where[1]], exact.cpu().numpy()) for name, exact in want.items()}
 
 
-def measure(x: Programs, *, alone: bool) -> dict[str, Any]:
+def measure(x: Programs) -> dict[str, Any]:
     """One row of the result."""
-    row: dict[str, Any] = {"contestant": x.name, **x.shape._asdict(), "alone": alone, **x.cost, "errors": errors(x)}
+    row: dict[str, Any] = {"contestant": x.name, **x.shape._asdict(), **x.cost, "errors": errors(x)}
     bounds, slack = cases.bounds("bfloat16", "mosaic_gpu"), gpu.SLACK if x.name == "cudnn" else 1.0
     row["wrong"] = [name for name, error in row["errors"].items() if not error <= slack * bounds[name]]
     if row["wrong"]:
@@ -171,21 +175,52 @@ def contestants(shapes: Sequence[Shape]) -> list[tuple[str, Shape]]:
     return list(found.values())
 
 
-def main() -> None:
-    output, shapes = pathlib.Path(sys.argv[1]), [shape for name in sys.argv[2:] or SHAPES for shape in SHAPES[name]]
-    about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "commit": run.commit()}
+def measure_group(name: str, output: pathlib.Path, lock: IO[str]) -> None:
+    """Compiles the programs of a group, and then measures them: one group at a time, while others may still compile."""
+    first, *others = contestants(SHAPES[name])
+    programs = [prepare(*first)]
+    with ThreadPoolExecutor(8) as pool:
+        programs += pool.map(lambda contestant: prepare(*contestant), others)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     rows: list[dict[str, Any]] = []
-
-    def add(x: Programs, *, alone: bool) -> None:
-        rows.append(measure(x, alone=alone))
+    for x in programs:
+        rows.append(measure(x))
         print(line(rows[-1]), flush=True)
+        about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "commit": run.commit()}
         gpu.save(output, {"about": about, "rows": rows})
 
-    first, *others = contestants(shapes)
-    add(prepare(*first), alone=True)
-    with ThreadPoolExecutor(8) as pool:
-        for x in [pool.submit(prepare, *contestant) for contestant in others]:
-            add(x.result(), alone=False)
+
+def _read(part: pathlib.Path) -> dict[str, Any] | None:
+    """A group's result so far; None if there is none, or it is being written."""
+    try:
+        return json.loads(part.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def main() -> None:
+    """A process for each group: they trace and compile beside each other."""
+    output, names = pathlib.Path(sys.argv[1]), sys.argv[2:] or list(SHAPES)
+    if len(names) == 1:
+        lock = os.environ.get("GPU_PALLAS_LOCK")
+        with open(lock, "w") if lock else tempfile.TemporaryFile("w") as file:
+            measure_group(names[0], output, file)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"GPU_PALLAS_LOCK": f"{folder}/lock"}
+        parts = {name: pathlib.Path(folder) / f"{name}.json" for name in names}
+        workers = [
+            subprocess.Popen([sys.executable, "-m", "benchmarks.gpu_pallas", str(part), name], env=environment)
+            for name, part in parts.items()
+        ]
+        running = True
+        while running:
+            time.sleep(0.5)
+            running = any(worker.poll() is None for worker in workers)
+            found = [part for part in map(_read, parts.values()) if part is not None]
+            if found:  # a run that is cut short leaves what there is so far
+                gpu.save(output, {"about": found[0]["about"], "rows": [row for part in found for row in part["rows"]]})
+    sys.exit(max(abs(worker.returncode) for worker in workers))
 
 
 if __name__ == "__main__":
