@@ -23,7 +23,7 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
 
 def lacks(call: spec.PowerCall, device: str = "cuda") -> str | None:
     """`supports`, whatever this machine has."""
-    return hopper.chunked_lacks(call, device, largest=64, most_heads=None)
+    return hopper.chunked_lacks(call, device, most_heads=None)
 
 
 def forward(

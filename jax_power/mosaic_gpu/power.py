@@ -1,7 +1,7 @@
 """Power attention on Hopper GPUs in Pallas: the kernels behind the interface every implementation has.
 
-`jax_power.mosaic_gpu.attention` is the attention form, `jax_power.mosaic_gpu.chunked` the chunked one (degree 2, heads of up to
-64); here is the choice between them.
+`jax_power.mosaic_gpu.attention` is the attention form, `jax_power.mosaic_gpu.chunked` the chunked one (degree 2); here is the
+choice between them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Any
 from jax import Array
 
 from bridge import hopper, spec
-from jax_power.mosaic_gpu import attention, chunked
+from jax_power.mosaic_gpu import attention, chunked, tiles
 
-# Tokens from which the chunked form is faster: one H100, d = e = 64, kernels forward and backward together, nanoseconds a token
-# and head: chunked 9.0 at t = 65536, with gates; attention 2.5 at t = 2048 and 14.4 at 16384, without (NOTES).
-CROSSING = 9_900
+# Tokens from which the chunked form is faster, by padded head size: one H100, kernels forward and backward together,
+# nanoseconds a token and head: d = 64: chunked 7.9 at t = 65536, with gates; attention 2.5 at t = 2048 and 14.4 at 16384,
+# without (NOTES).
+CROSSING = {64: 9_900, 128: 24_000}
 
 
 def plan(call: spec.PowerCall) -> spec.PowerCall:
@@ -26,7 +27,7 @@ def plan(call: spec.PowerCall) -> spec.PowerCall:
     """
     if not call.auto_form or call.has_state or call.return_state:
         return call
-    short = call.t < CROSSING or chunked.lacks(call) is not None
+    short = call.t < CROSSING[tiles.padded_head(max(call.d, call.e))] or chunked.lacks(call) is not None
     return dataclasses.replace(call, form="attention" if short else "chunked")
 
 
