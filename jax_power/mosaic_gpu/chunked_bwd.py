@@ -117,30 +117,25 @@ def update_gradient(
     z: Sizes, rows: Rows, mean: Array, gates: Gates, keys: Keys, ds: Array | None, dz: Array | None, *, want_first: bool
 ) -> StateGradient:
     """The state gradient behind every chunk from queries, taken last to first; ds and dz arrive behind the last."""
-    bits, moment_bits = 2 * tiles.Q_RANGE + tiles.DY_RANGE + 1, 2 * tiles.Q_RANGE + 7
+    bits = 2 * tiles.Q_RANGE + tiles.DY_RANGE + 1, 2 * tiles.Q_RANGE + 7
     bound = rows.bound.reshape(z.heads, z.group, z.chunks, z.chunk).sum((1, 3))
-    last_s = last_z = largest_s = largest_z = None
+    last_s = last_z = largest = None
     if ds is not None and dz is not None:
         exponent = rows.dy_exponent - 2 * keys.k_exponent + STATE_GRADIENT_SHIFT
         last_s = prepare.to_square(z, ds.reshape(z.heads, -1, z.e)) / multiplicity(z)[..., None]
         last_s = last_s * prepare.power_of_two(exponent)[:, None, None, None]
         last_z = prepare.to_square(z, dz.reshape(z.heads, -1, 1))[..., 0] / multiplicity(z)
         last_z = last_z * prepare.power_of_two(exponent + keys.v_exponent)[:, None, None]
-        largest_s = jnp.max(jnp.abs(last_s), (1, 2, 3)) * 2.0**-bits
-        largest_z = jnp.max(jnp.abs(last_z), (1, 2)) * 2.0**-moment_bits
-    factors = [
-        prepare.state_factor(prepare.scan_chunks(gates.chunk_sum, bound, largest, reverse=True)[0], n)
-        for largest, n in ((largest_s, bits), (largest_z, moment_bits))
-    ]
+        largest = jnp.max(jnp.abs(last_s), (1, 2, 3)), jnp.max(jnp.abs(last_z), (1, 2))
+    x = moments_of(rows.q, rows.weight * -mean, chunk=z.chunk, group=z.group)
+    scanned = prepare.scan_moments(gates.chunk_sum, x, bound, last_z, largest, bits, reverse=True)
     start = None if last_s is None else prepare.to_blocks(z, last_s)
     states, first = update(
-        rows.weighted, rows.q, rows.dy, jnp.exp2(gates.chunk_sum), factors[0], start, walk_of(gates.chunk_sum, reverse=True),
-        chunk_tiles=z.chunk_tiles, group=z.group, want_last=want_first,
+        rows.weighted, rows.q, rows.dy, jnp.exp2(gates.chunk_sum), scanned.state_factor, start,
+        walk_of(gates.chunk_sum, reverse=True), chunk_tiles=z.chunk_tiles, group=z.group, want_last=want_first,
     )  # fmt: skip
-    x = moments_of(rows.q, rows.weight * -mean, chunk=z.chunk, group=z.group)
-    moments, first_moments = prepare.scan_chunks(gates.chunk_sum, x, last_z, reverse=True)
-    moments = (moments * factors[1][..., None, None]).astype(jnp.float16)
-    return StateGradient(states, moments, 1.0 / factors[0], 1.0 / factors[1], first, first_moments)
+    units = 1.0 / scanned.state_factor, 1.0 / scanned.moment_factor
+    return StateGradient(states, scanned.moments, *units, first, scanned.last)
 
 
 def backward(

@@ -349,22 +349,17 @@ def update_states(
 ) -> tuple[States, Last]:
     """The states before every chunk from keys and values; s0 and z0 as `prepare.to_square` leaves them, in scaled units."""
     weight = gates.chunk_decay.reshape(z.heads, z.chunks, z.chunk).sum(2)
-    bits = 2 * tiles.K_RANGE + tiles.V_RANGE
-    first = None if s0 is None else jnp.max(jnp.abs(s0), (1, 2, 3)) * 2.0**-bits
-    state_bound, _ = prepare.scan_chunks(gates.chunk_sum, weight, first)
+    largest = None if s0 is None or z0 is None else (jnp.max(jnp.abs(s0), (1, 2, 3)), jnp.max(jnp.abs(z0), (1, 2)))
+    bits = 2 * tiles.K_RANGE + tiles.V_RANGE, 2 * tiles.K_RANGE
     of_chunks = moments_of(keys.k, gates.chunk_decay, chunk=z.chunk, group=1)
-    moments, last_moments = prepare.scan_chunks(gates.chunk_sum, of_chunks, z0)
-    first = None if z0 is None else jnp.max(jnp.abs(z0), (1, 2)) * 2.0 ** (-2 * tiles.K_RANGE)
-    moment_bound, _ = prepare.scan_chunks(gates.chunk_sum, weight, first)
-    state_factor = prepare.state_factor(state_bound, bits)
-    moment_factor = prepare.state_factor(moment_bound, 2 * tiles.K_RANGE)
+    scanned = prepare.scan_moments(gates.chunk_sum, of_chunks, weight, z0, largest, bits)
     states, last = update(
-        weighted, keys.k, keys.v, jnp.exp2(gates.chunk_sum), state_factor,
+        weighted, keys.k, keys.v, jnp.exp2(gates.chunk_sum), scanned.state_factor,
         None if s0 is None else prepare.to_blocks(z, s0), walk_of(gates.chunk_sum, reverse=False),
         chunk_tiles=z.chunk_tiles, group=1, want_last=want_last,
     )  # fmt: skip
-    moments = (moments * moment_factor[..., None, None]).astype(jnp.float16)
-    return States(states, moments, 1.0 / state_factor, 1.0 / moment_factor), Last(last, last_moments)
+    units = 1.0 / scanned.state_factor, 1.0 / scanned.moment_factor
+    return States(states, scanned.moments, *units), Last(last, scanned.last)
 
 
 def scaled_first(z: Sizes, keys: Keys, s0: Array | None, z0: Array | None) -> tuple[Array | None, Array | None]:
