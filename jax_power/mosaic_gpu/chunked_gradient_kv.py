@@ -145,12 +145,14 @@ def gradient_kv(
                             v = piece(v_smem, n) if held is None else held[1]
                             state = state_smem.at[slot, :, pl.ds(TILE * n, TILE)]
                             plgpu.wgmma(accs[0], v * spread(factor), state.transpose((1, 0)))
-                        if held is None:
-                            plgpu.wgmma_wait(0)
+                            if held is None:  # a fragment loaded beside a product in flight came out wrong (NOTES)
+                                plgpu.wgmma_wait(0)
                         for n in range(BLOCK * b // TILE, d // TILE):
                             k = later_features(piece(k_smem, n), n, b) if held_k is None else held_k
                             state = state_smem.at[slot, pl.ds(max(BLOCK * b, TILE * n), k.shape[1])]
                             plgpu.wgmma(accs[1], k * spread(factor, k.shape[1]), state)
+                            if held is None:
+                                plgpu.wgmma_wait(0)
                         # Drained, while the other warpgroup makes its operands: in flight they spill registers.
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(state_empty.at[slot])
