@@ -220,7 +220,6 @@ def test_scans_of_chunks_are_the_recurrence(reverse: bool) -> None:
         ({"dtypes": ("float32",) * 3}, "dtypes float32"),
         ({"d": 12}, "head size d=12"),
         ({"e": 256}, "head size e=256"),
-        ({"e": 128, "dtypes": ("float16",) * 3}, "head size 128 in float16"),
     ],
 )
 def test_says_what_it_lacks(change: dict[str, Any], why: str) -> None:

@@ -23,12 +23,7 @@ def supports(call: spec.PowerCall, device: str) -> str | None:
 
 def lacks(call: spec.PowerCall, device: str = "cuda") -> str | None:
     """`supports`, whatever this machine has."""
-    if (reason := hopper.chunked_lacks(call, device, most_heads=None)) is not None:
-        return reason
-    size = max(call.d, call.e)
-    if size > 64 and call.dtypes[0] == "float16":  # right in the interpreter, but not yet held to the oracle on a GPU
-        return f"head size {size} in float16: the chunked kernels take up to 64; bfloat16 takes up to 128"
-    return None
+    return hopper.chunked_lacks(call, device, most_heads=None)
 
 
 def forward(
