@@ -52,8 +52,7 @@ def run(case: Case, arrays: dict[str, Any], kernels: Any = chunked) -> dict[str,
 # Lowering
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Both dtypes, several chunks and one with states, groups, with and without normaliser. Heads of more than 64 are not served:
-# from JAX 0.12 on their results, stored without a detour through shared memory, are not lowered.
+# Both dtypes and padded sizes, several chunks and one with states, groups, with and without normaliser.
 # Kernels: two stagings, moments, update, query, both gradients; with groups the first four once for queries, once for keys.
 LOWERED = (
     ("bfloat16", Case("wide", t=600, d=128, e=72), 7),

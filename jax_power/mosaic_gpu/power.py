@@ -15,8 +15,8 @@ from bridge import hopper, spec
 from jax_power.mosaic_gpu import attention, chunked, tiles
 
 # Tokens from which the chunked form is faster, by padded head size: one H100, kernels forward and backward together,
-# nanoseconds a token and head: d = 64: chunked 7.9 at t = 65536, with gates; attention 2.5 at t = 2048 and 14.4 at 16384,
-# without (NOTES).
+# nanoseconds a token and head: d = 64: chunked 7.7 at t = 65536, with gates; attention 2.5 at t = 2048 and 14.4 at 16384,
+# without (NOTES). d = 128: attention 27 at 16384, without; chunked is expected at about 50, not timed yet.
 CROSSING = {64: 9_900, 128: 24_000}
 
 
