@@ -171,7 +171,7 @@ def exact(
 _EXACT: dict[Any, dict[str, Tensor]] = {}
 
 
-def _exact_once(
+def exact_once(
     x: Arrays, weight: Callable[[Tensor, Tensor], Tensor], rows: Tensor, where: tuple[int, int], causal: bool
 ) -> dict[str, Tensor]:
     """`exact`, once for all contestants of a shape."""
@@ -197,7 +197,7 @@ def errors(contestant: Contestant, x: Arrays, causal: bool = True) -> dict[str, 
     got = dict(zip(names, torch.autograd.grad(y, x.leaves(), dy), strict=True)) | {"y": y.detach()}
     found: dict[str, float] = {}
     for i, j in heads:
-        for name, want in _exact_once(x, contestant.weight, rows, (i, j), causal).items():
+        for name, want in exact_once(x, contestant.weight, rows, (i, j), causal).items():
             result = got[name][i, :, j] if name not in ("y", "dq") else got[name][i, rows, j]
             error = float((result.double() - want).norm() / want.norm())
             found[name] = max(found.get(name, 0.0), error if error == error else float("inf"))

@@ -21,23 +21,23 @@ BLOCK = 16
 def stage(x: Array, factor: Array, weight: Array | None = None) -> tuple[Array, ...]:
     b, t, h, n = x.shape
     turned = jnp.transpose(x, (0, 2, 3, 1)).reshape(b * h, n, t).astype(jnp.float32)
-    turned = turned * (factor[:, None] if factor.ndim == 2 else factor[:, None, None])
+    turned = turned * factor[:, None]
     return tuple(y.astype(jnp.float16) for y in ((turned,) if weight is None else (turned, turned * weight[:, None])))
 
 
-def moments(weighted: Array, x: Array, *, chunk: int, group: int, values: Array | None = None) -> Array:
-    left = _f32(weighted) * (1.0 if values is None else values[:, None])
+def moments(x: Array, weight: Array, *, chunk: int, group: int) -> Array:
+    left = (_f32(x) * weight[:, None]).astype(jnp.float16).astype(jnp.float32)
     left, right = (y.reshape(x.shape[0] // group, group, x.shape[1], -1, chunk) for y in (left, _f32(x)))
     return _sum("hganc,hgjnc->hnaj", left, right)
 
 
 def update(
-    weighted: Array, x: Array, y: Array, decay: Array, factor: Array, first: Any, *,
-    chunk_tiles: int, group: int, reverse: bool, whole: bool, want_last: bool,
-) -> tuple[tuple[Array, ...], tuple[Array, ...] | None]:  # fmt: skip
+    weighted: Array, x: Array, y: Array, decay: Array, factor: Array, first: Any, walk: Array, *,
+    chunk_tiles: int, group: int, want_last: bool,
+) -> tuple[Array, tuple[Array, ...] | None]:  # fmt: skip
     h, chunks = decay.shape
     w, x, y = (_f32(z).reshape(h, group, z.shape[1], chunks, 64 * chunk_tiles) for z in (weighted, x, y))
-    blocks = range(0, x.shape[2], BLOCK)
+    blocks, order = range(0, x.shape[2], BLOCK), walk[0] + walk[1] * np.arange(chunks)
     last, states = [], []
     for n, b in enumerate(blocks):
         added = _sum("hgant,hgjnt,hgent->nhaje", w[:, :, b : b + BLOCK], x[:, :, b:], y)
@@ -47,10 +47,10 @@ def update(
             across, scale, addend = now
             return state * across[:, None, None, None] + addend, (state * scale[:, None, None, None]).astype(jnp.float16)
 
-        end, before = lax.scan(step, start, (decay.T, factor.T, added), reverse=reverse)
-        states.append(before)
+        end, before = lax.scan(step, start, (decay.T[order], factor.T[order], added[order]))
+        states.append(jnp.zeros_like(before).at[order].set(before))
         last.append(jnp.swapaxes(end, 2, 3))
-    return (_whole(states),) if whole else tuple(states), tuple(last) if want_last else None
+    return jnp.swapaxes(_whole(states), 0, 1), tuple(last) if want_last else None
 
 
 def query(
@@ -60,9 +60,9 @@ def query(
     q, k, v = _chunks(z, q), _of_group(z, _chunks(z, keys.k)), _of_group(z, _chunks(z, keys.v))
     p = _sum("hnct,hncs->hnts", q, k) ** 2 * _decay(z, gates) * 2.0**z.score_exponent
     num, den = _sum("hnts,hnes->hnet", p, v), p.sum(-1)
-    if states:
+    if states is not None:
         reached = 1.0 if first_chunk_has_state else (np.arange(z.chunks) > 0)[None, :, None]
-        state = _of_group(z, jnp.swapaxes(_f32(_whole(states)), 0, 1))
+        state = _of_group(z, _f32(states))
         through = _sum("hnat,hnjt,hnaje->hnet", q, q, state)
         num = num + through * (_of_group(z, _chunks(z, state_row)) * reached)[:, :, None]
         through = _sum("hnat,hnjt,hnaj->hnt", q, q, _of_group(z, _f32(moments)))
@@ -84,7 +84,7 @@ def gradient_q(
     if states is not None:
         reached = 1.0 if first_chunk_has_state else (np.arange(z.chunks) > 0)[None, :, None]
         qm = _sum("hnat,hnaj->hnjt", q, _of_group(z, _f32(moments)))
-        state = _of_group(z, jnp.swapaxes(_f32(states), 0, 1))
+        state = _of_group(z, _f32(states))
         dq = _sum("hnat,hnet,hnaje->hnjt", q, dy, state) * of_state[:, :, None] - qm * (of_moment * mean)[:, :, None]
         dq = dq * (reached if first_chunk_has_state else reached[..., None])
         part, mass = (q * dq).sum(2), (q * qm).sum(2) * of_mass * reached
@@ -105,7 +105,7 @@ def gradient_kv(
     h, _, mean = (_chunks(z, x) for x in columns)
     dk, dv = jnp.zeros_like(k), jnp.zeros_like(v)
     if states is not None:
-        state = jnp.swapaxes(_f32(states), 0, 1)
+        state = _f32(states)
         reached = np.ones(z.chunks) if last_chunk_has_state else (np.arange(z.chunks) < z.chunks - 1)
         dk_state, dk_moment, dv_state = (_chunks(z, x)[:, :, None] * reached[None, :, None, None] for x in rows)
         dk = _sum("hnat,hnet,hnaje->hnjt", k, v, state) * dk_state + _sum("hnat,hnaj->hnjt", k, _f32(moments)) * dk_moment

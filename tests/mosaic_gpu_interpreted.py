@@ -31,7 +31,7 @@ class Interpreted:
 
     def kernel(self, body: Callable[..., None], *, scratch_types: Any, **options: Any) -> Callable[..., Any]:
         consumers = options.get("num_threads", 2) - 1
-        own = plgpu.SMEM((consumers, 2, tiles.ROWS, 128), self.dtype)
+        own = plgpu.SMEM((consumers, 2, 128, 128), self.dtype)
 
         def with_own_memory(*refs: Any) -> None:
             *refs, own = refs
@@ -45,7 +45,7 @@ class Interpreted:
         """`plgpu.wgmma`, with a in registers too."""
         if not isinstance(a, jax.Array):
             return self.wgmma(acc, a, b)
-        tile = self.memory.at[0, :, pl.ds(0, a.shape[1])]
+        tile = self.memory.at[0, pl.ds(0, a.shape[0]), pl.ds(0, a.shape[1])]
         tile[...] = a
         plgpu.commit_smem()
         self.wgmma(acc, tile, b)
@@ -68,7 +68,8 @@ class Interpreted:
 
     def start(self, acc: Any, value: jax.Array) -> None:
         """Adds `value` as identity · value, in as many pieces of this dtype as float32 has digits."""
-        identity, tile = self.memory.at[0, :, pl.ds(0, tiles.ROWS)], self.memory.at[1, :, pl.ds(0, value.shape[1])]
+        rows = pl.ds(0, tiles.ROWS)
+        identity, tile = self.memory.at[0, rows, rows], self.memory.at[1, rows, pl.ds(0, value.shape[1])]
         row, column = (lax.broadcasted_iota(jnp.int32, (tiles.ROWS, tiles.ROWS), axis) for axis in (0, 1))
         identity[...] = jnp.where(row == column, 1.0, 0.0).astype(self.dtype)
         for _ in range(3):

@@ -15,19 +15,21 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from bridge import spec
 from jax_power.mosaic_gpu import chunked_prepare as prepare
-from jax_power.mosaic_gpu.chunked_fwd import scaled_first, update_states
+from jax_power.mosaic_gpu import tiles
+from jax_power.mosaic_gpu.chunked_fwd import Saved
 from jax_power.mosaic_gpu.chunked_gradient_kv import KeyRows, QueryColumns, gradient_kv
 from jax_power.mosaic_gpu.chunked_gradient_q import QueryRows, gradient_q
 from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
 from jax_power.mosaic_gpu.chunked_stage import moments as moments_of
 from jax_power.mosaic_gpu.chunked_stage import stage
-from jax_power.mosaic_gpu.chunked_update import TILE, update
+from jax_power.mosaic_gpu.chunked_update import TILE, update, walk_of
 
 # C above; factors 2^x on ds~, on P / den and on the weights of the state gradient that centre them in float16's range: at
 # t = 65536 without gates P / den is 2^−16 and ds~ 2^−11. What a state gradient carries beside its unit: w is kept times 2^(2C
@@ -43,14 +45,18 @@ class Rows(NamedTuple):
     t]` factors.
 
     Fields:
-      q_factor: from q to q~.      h: h above.      delta: <dy, y>, unscaled.      bound: what the token adds to the state
-        gradient's bound.
+      weight: w 2^STATE_GRADIENT_SHIFT.
+      q_factor: from q to q~.
+      h: h above.
+      delta: <dy, y>, unscaled.
+      bound: what the token adds to the state gradient's bound.
       dy_exponent: δ, `[h_kv]`.
     """
 
     q: Array
     weighted: Array
     dy: Array
+    weight: Array
     q_factor: Array
     h: Array
     delta: Array
@@ -62,18 +68,17 @@ def floor_log2(x: Array) -> Array:
     return (lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
 
 
-def prepare_rows(call: spec.PowerCall, z: Sizes, q: Array, y: Array, norm: Array, dy: Array, gates: Gates, keys: Keys) -> Rows:
-    den, power = norm, z.score_exponent
+def prepare_rows(call: spec.PowerCall, z: Sizes, q: Array, y: Array, saved: Saved, dy: Array, gates: Gates, keys: Keys) -> Rows:
+    den, factor, power = saved.norm, saved.q_factor, z.score_exponent
     seen = den > 0
     safe = jnp.where(seen, den, 1.0)
-    factor = prepare.row_factor(q)
     delta = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1)
     dy_factor = seen.astype(jnp.float32)
     if not call.normalize:
         of_k = prepare.power_of_two(-2 * keys.k_exponent - power).reshape(z.b, 1, z.h_kv) * call.scale**2
         dy_factor = den * jnp.repeat(of_k, z.group, axis=2) / factor**2
     largest = (jnp.max(jnp.abs(dy), axis=-1).astype(jnp.float32) * jnp.abs(dy_factor))[..., None]
-    dy_exponent = prepare.head_exponent(largest, z.h_kv, prepare.DY_RANGE)
+    dy_exponent = prepare.head_exponent(largest, z.h_kv, tiles.DY_RANGE)
     of_dy = jnp.repeat(prepare.power_of_two(dy_exponent).reshape(z.b, 1, z.h_kv), z.group, axis=2)
     level = jnp.where(seen, jnp.maximum((floor_log2(safe) - power) >> 1, Q_SHIFT - 12), 0)
     h = jnp.where(seen, prepare.power_of_two(2 * (level - Q_SHIFT) + power) / safe, 0.0)
@@ -84,17 +89,17 @@ def prepare_rows(call: spec.PowerCall, z: Sizes, q: Array, y: Array, norm: Array
     )
     decay = jnp.exp2(jnp.repeat(gates.chunk_prefix, z.group, axis=0))
     # w q~² < 2^15, or the update's float16 features overflow: reached only by rows nearly orthogonal to all they remember.
-    most = prepare.power_of_two(15 - 2 * (prepare.Q_RANGE + Q_SHIFT - level))
+    most = prepare.power_of_two(15 - 2 * (tiles.Q_RANGE + Q_SHIFT - level))
     weight = jnp.minimum(decay * h * 2.0**STATE_GRADIENT_SHIFT, most)
-    staged, weighted = stage(prepare.fill_up(z, q, z.padded_d), q_factor, weight)
-    (dy,) = stage(prepare.fill_up(z, dy, z.padded_e), dy_factor)
-    return Rows(staged, weighted, dy, q_factor, h, delta, decay * inverse, dy_exponent)
+    staged, weighted = stage(prepare.fill_up(z, q, z.padded), q_factor, weight)
+    (dy,) = stage(prepare.fill_up(z, dy, z.padded), dy_factor)
+    return Rows(staged, weighted, dy, weight, q_factor, h, delta, decay * inverse, dy_exponent)
 
 
 class StateGradient(NamedTuple):
     """dS and dM behind every chunk, float16, what undoes their units `[h, chunks]`, and behind the first chunk's start."""
 
-    states: tuple[Array, ...]
+    states: Array
     moments: Array
     state_unit: Array
     moment_unit: Array
@@ -104,7 +109,7 @@ class StateGradient(NamedTuple):
 
 def multiplicity(z: Sizes) -> np.ndarray:
     """Rows of the public state that moments (a, j) and (j, a) share: 1 inside a tile's own block, else 2. `[d, d]`."""
-    tile = np.arange(z.padded_d) // 8
+    tile = np.arange(z.padded) // 8
     return np.where(tile[:, None] == tile, 1.0, 2.0).astype(np.float32)
 
 
@@ -112,30 +117,25 @@ def update_gradient(
     z: Sizes, rows: Rows, mean: Array, gates: Gates, keys: Keys, ds: Array | None, dz: Array | None, *, want_first: bool
 ) -> StateGradient:
     """The state gradient behind every chunk from queries, taken last to first; ds and dz arrive behind the last."""
-    bits, moment_bits = 2 * prepare.Q_RANGE + prepare.DY_RANGE + 1, 2 * prepare.Q_RANGE + 7
+    bits = 2 * tiles.Q_RANGE + tiles.DY_RANGE + 1, 2 * tiles.Q_RANGE + 7
     bound = rows.bound.reshape(z.heads, z.group, z.chunks, z.chunk).sum((1, 3))
-    last_s = last_z = largest_s = largest_z = None
+    last_s = last_z = largest = None
     if ds is not None and dz is not None:
         exponent = rows.dy_exponent - 2 * keys.k_exponent + STATE_GRADIENT_SHIFT
         last_s = prepare.to_square(z, ds.reshape(z.heads, -1, z.e)) / multiplicity(z)[..., None]
         last_s = last_s * prepare.power_of_two(exponent)[:, None, None, None]
         last_z = prepare.to_square(z, dz.reshape(z.heads, -1, 1))[..., 0] / multiplicity(z)
         last_z = last_z * prepare.power_of_two(exponent + keys.v_exponent)[:, None, None]
-        largest_s = jnp.max(jnp.abs(last_s), (1, 2, 3)) * 2.0**-bits
-        largest_z = jnp.max(jnp.abs(last_z), (1, 2)) * 2.0**-moment_bits
-    factors = [
-        prepare.state_factor(prepare.scan_chunks(gates.chunk_sum, bound, largest, reverse=True)[0], n)
-        for largest, n in ((largest_s, bits), (largest_z, moment_bits))
-    ]
+        largest = jnp.max(jnp.abs(last_s), (1, 2, 3)), jnp.max(jnp.abs(last_z), (1, 2))
+    x = moments_of(rows.q, rows.weight * -mean, chunk=z.chunk, group=z.group)
+    scanned = prepare.scan_moments(gates.chunk_sum, x, bound, last_z, largest, bits, reverse=True)
     start = None if last_s is None else prepare.to_blocks(z, last_s)
     states, first = update(
-        rows.weighted, rows.q, rows.dy, jnp.exp2(gates.chunk_sum), factors[0], start,
-        chunk_tiles=z.chunk_tiles, group=z.group, reverse=True, whole=True, want_last=want_first,
+        rows.weighted, rows.q, rows.dy, jnp.exp2(gates.chunk_sum), scanned.state_factor, start,
+        walk_of(gates.chunk_sum, reverse=True), chunk_tiles=z.chunk_tiles, group=z.group, want_last=want_first,
     )  # fmt: skip
-    x = moments_of(rows.weighted, rows.q, chunk=z.chunk, group=z.group, values=-mean)
-    moments, first_moments = prepare.scan_chunks(gates.chunk_sum, x, last_z, reverse=True)
-    moments = (moments * factors[1][..., None, None]).astype(jnp.float16)
-    return StateGradient(states, moments, 1.0 / factors[0], 1.0 / factors[1], first, first_moments)
+    units = 1.0 / scanned.state_factor, 1.0 / scanned.moment_factor
+    return StateGradient(states, scanned.moments, *units, first, scanned.last)
 
 
 def backward(
@@ -147,20 +147,15 @@ def backward(
     s0: Array | None,
     z0: Array | None,
     y: Array,
-    norm: Array,
+    saved: Saved,
     dy: Array,
     ds: Array | None,
     dz: Array | None,
 ) -> tuple[Array, Array, Array, Array | None, Array | None, Array | None]:
     """Gradients of q, k, v, log_g, s0, z0 (None where the argument is None), from what `forward` returned."""
     z = prepare.sizes_of(call)
-    gates = prepare.sum_gates(z, log_g)
-    keys = prepare.prepare_keys(z, k, v, gates)
-    rows = prepare_rows(call, z, q, y, norm, dy, gates, keys)
-    before = None
-    if z.chunks > 1 or s0 is not None:
-        before = update_states(z, keys, gates, *scaled_first(z, keys, s0, z0), whole=True)
-
+    keys, gates, before = jax.tree.map(lambda x: x.reshape(z.heads, *x.shape[2:]), (saved.keys, saved.gates, saved.states))
+    rows = prepare_rows(call, z, q, y, saved, dy, gates, keys)
     exponent = jnp.repeat(rows.dy_exponent + keys.v_exponent, z.group)[:, None]
     mean = rows.delta * prepare.power_of_two(exponent) if call.normalize else jnp.zeros_like(rows.delta)
     zero = jnp.zeros_like(mean)
@@ -174,7 +169,7 @@ def backward(
             for unit in (before.state_unit, before.moment_unit)
         )
         query_rows = QueryRows(h, mean, 2.0 * h * of_state, 2.0 * h * of_moment, rows.h * of_moment, finish)
-    held: Any = (None, None) if before is None else (before.states[0], before.moments)
+    held: Any = (None, None) if before is None else (before.states, before.moments)
     dq, mean, row_state = gradient_q(
         z, rows.q, rows.dy, keys, gates, query_rows, *held,
         normalize=call.normalize, first_chunk_has_state=s0 is not None, ds_scale=2.0**DS_SHIFT, out_dtype=q.dtype,
@@ -188,7 +183,7 @@ def backward(
     key_rows = KeyRows(*(jnp.zeros_like(gates.chunk_decay),) * 3)
     of_behind: dict[str, Any] = {"states": None, "moments": None}  # an initial state's gradient alone comes behind no key
     if behind is not None and (z.chunks > 1 or ds is not None):
-        of_behind = {"states": behind.states[0], "moments": behind.moments}
+        of_behind = {"states": behind.states, "moments": behind.moments}
     if behind is not None:
         of_state, of_moment = (
             gates.chunk_decay * jnp.repeat(unit, z.chunk, axis=1) * 2.0**-STATE_GRADIENT_SHIFT

@@ -5,11 +5,11 @@
 
 A block takes 64 · groups queries of a chunk of one head. Each consumer warpgroup owns 64 of them:
   1. normaliser from the moments: Q^ M, dotted with Q^ in registers;
-  2. state: for each feature a, A = Q^[:, j ≥ 16 ⌊a / 16⌋] · q^[a] in registers (off-diagonal blocks doubled), B = S[a] as
-  `update` wrote it; 3. inside the chunk, from the diagonal key tile backwards so that gate sums stay local: S = Q^ K^ᵀ, P from
+  2. state: for each feature a, A = Q^[:, j ≥ 16 ⌊a / 16⌋] · q^[a] in registers (off-diagonal blocks doubled), B = these rows of
+  S[a]; 3. inside the chunk, from the diagonal key tile backwards so that gate sums stay local: S = Q^ K^ᵀ, P from
   S in registers, P V^.
-One more warpgroup loads. Shared memory: queries (y leaves through them), queries transposed, a ring of state tiles, one of key
-tiles.
+One more warpgroup loads. Shared memory: queries (y leaves through them), queries transposed, a ring of pairs of state matrices,
+one of key tiles.
 """
 
 from __future__ import annotations
@@ -24,39 +24,33 @@ from jax import Array, lax
 
 from bridge import spec
 from jax_power.mosaic_gpu import chunked_prepare as prepare
-from jax_power.mosaic_gpu import compat
+from jax_power.mosaic_gpu import compat, tiles
 from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
 from jax_power.mosaic_gpu.chunked_stage import moments as moments_of
 from jax_power.mosaic_gpu.chunked_stage import stage
-from jax_power.mosaic_gpu.chunked_update import BLOCK, COLUMNS, ROWS, TILE, TILED, WGMMA, update
-
-
-def query_groups(z: Sizes) -> int:
-    """Consumer warpgroups of a block: four share every state tile (PROBE: 681 TFLOP/s with four, 591 with two)."""
-    return 4 if z.padded_d == z.padded_e == 64 else 2
-
+from jax_power.mosaic_gpu.chunked_update import BLOCK, COLUMNS, ROWS, TILE, TILED, WGMMA, update, walk_of
 
 # Swizzle of state tiles: a product's depth is a multiple of its width, here the 16 features of a block.
 NARROW = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))
-REGISTERS = {
-    4: (112, 32),
-    3: (160, 32),
-    2: (232, 40),
-}  # of consumers and producer; what five, four and three warpgroups can share
-
-
-def state_tiles(d: int) -> list[tuple[int, int, int]]:
-    """Per block b of features: width d − 16 b of its matrices, how many of them make a tile of at most d rows, and how
-    many tiles.
-    """
-    widths = [d - BLOCK * b for b in range(d // BLOCK)]
-    together = [max(n for n in (1, 2, 4, 8) if n * w <= d) for w in widths]
-    return [(w, n, BLOCK // n) for w, n in zip(widths, together, strict=True)]
 
 
 def load_fragments(ref: Any) -> Array:
     """A tile that lies transposed in shared memory as the left operand of a product."""
     return plgpu.layout_cast(compat.load(ref.transpose((1, 0)), plgpu.Layout.WGMMA_TRANSPOSED), WGMMA)
+
+
+def store_rows(x: Array, x_smem: Any, x_gmem: Any) -> None:
+    """Rows of a warpgroup, `[64, n]`, to device memory by way of `[n, 64]` of its shared memory: column blocks as squares.
+
+    The first barrier is for the slowest warp's reads of what the memory held. The caller waits for the copies.
+    """
+    plgpu.commit_smem()
+    columns = range(0, x.shape[1], TILE)
+    for n in columns:
+        x_smem.at[pl.ds(n, TILE)][...] = lax.slice(x, (0, n), (TILE, n + TILE))
+    plgpu.commit_smem()
+    for n in columns:
+        plgpu.copy_smem_to_gmem(x_smem.at[pl.ds(n, TILE)], x_gmem.at[:, pl.ds(n, TILE)])
 
 
 def decay_on_diagonal(prefix_rows: Array, prefix_columns: Array, *, rows_first: bool = True) -> Array:
@@ -74,7 +68,7 @@ def query(
     q: Array,
     keys: Keys,
     gates: Gates,
-    states: tuple[Array, ...],
+    states: Array | None,
     moments: Array | None,
     state_row: Array | None,
     moment_row: Array | None,
@@ -88,27 +82,22 @@ def query(
 
     Args:
       q: q^ᵀ, float16 `[b · h_q, d, t]`.
-      states, moments: before every chunk, float16; none at all if the call is one chunk from nothing.
+      states, moments: before every chunk, float16; none if the call is one chunk from nothing.
       state_row, moment_row: what the products with state and moments are multiplied by, float32 `[h, t]`.
       finish: last factor on y, float32: `[h_q]` with `normalize` (2^−ν), else `[h_q, t]`.
     """
-    d, e, groups = z.padded_d, z.padded_e, query_groups(z)
-    rows, score = groups * TILE, 2.0**z.score_exponent
-    blocks, has_states = z.chunk // rows, len(states) > 0
-    tables = state_tiles(d) if has_states else []
-    stages, key_stages = (6, 3) if d == e == 64 else (3 if d + e < 256 else 2, 2)
-    registers, direct = REGISTERS[groups], d == e == 128  # which leaves no shared memory to gather whole rows of y in
-    states = tuple(x.reshape(z.chunks, z.heads, -1, e) for x in states)
+    d, e, row = z.padded, z.padded, tiles.query(z.padded)
+    groups, stages, key_stages, together = row.groups, row.stages, row.tile_stages, row.together
+    score, blocks, has_states, steps = 2.0**z.score_exponent, z.chunk // (groups * TILE), states is not None, BLOCK // together
 
     def query_kernel(q_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
         prefix_gmem, decay_gmem, total_gmem, finish_gmem, *others = refs
         if has_states:
-            moments_gmem, state_row_gmem, moment_row_gmem, *others = others
-        states_gmem, (y_gmem, norm_gmem, scratch) = others[: len(tables)], others[len(tables) :]
-        q_smem, factors_smem, vectors_smem, state_smem, k_smem, v_smem, decay_smem, *rest = scratch
-        rows_full, state_full, state_empty, keys_full, keys_empty = rest[-5:]
-        # Where the head sizes let them, y leaves through the queries and the moments arrive in the first state slot.
-        y_smem, moments_smem = (q_smem, state_smem.at[0]) if d == e else rest[:2]
+            states_gmem, moments_gmem, state_row_gmem, moment_row_gmem, *others = others
+        y_gmem, norm_gmem, scratch = others
+        q_smem, factors_smem, vectors_smem, state_smem, k_smem, v_smem, decay_smem, *barriers = scratch
+        rows_full, state_full, state_empty, keys_full, keys_empty = barriers
+        moments_smem = state_smem.at[0, 0]  # moments arrive before the first states
         item, thread = lax.axis_index("item"), lax.axis_index("warpgroup")
         chunk, block = lax.rem(item, jnp.int32(z.chunks)), lax.div(item, jnp.int32(z.chunks))
         q_head, block = lax.div(block, jnp.int32(blocks)), blocks - 1 - lax.rem(block, jnp.int32(blocks))
@@ -116,12 +105,11 @@ def query(
         head = batch * z.h_kv + lax.div(own_head, jnp.int32(z.group))
         with_state = True if first_chunk_has_state else chunk > 0
 
-        def count(tiles: int) -> Any:
-            return tiles if with_state is True else jnp.where(with_state, tiles, 0)
+        block_steps = steps if with_state is True else jnp.where(with_state, steps, 0)
 
         @pl.when(thread < groups)
         def _consume() -> None:
-            plgpu.set_max_registers(registers[0], action="increase")
+            plgpu.set_max_registers(row.consumer_registers, action="increase")
             own_tile = block * groups + thread
             token = chunk * z.chunk + own_tile * TILE
             here, mine = pl.ds(token, TILE), rows_full.at[thread]
@@ -158,27 +146,24 @@ def query(
                 """
                 q = load_fragments(q_smem.at[thread])
                 column = plgpu.broadcasted_iota(jnp.int32, (TILE, d), 1, layout=WGMMA)
-                start = 1
-                for b, (width, together, tiles) in enumerate(tables):
+                for b, width in enumerate(range(d, 0, -BLOCK)):
                     doubled = jnp.where(column >= BLOCK * (b + 1), q + q, q)
                     doubled = lax.slice(doubled, (0, BLOCK * b), (TILE, d))
 
-                    def add_tile(i: Any, _: None, doubled: Array = doubled, b: int = b, start: int = start) -> None:
-                        width, together = tables[b][:2]
-                        slot = lax.rem(start + i, jnp.int32(stages))
+                    def add_pair(i: Any, _: None, doubled: Array = doubled, b: int = b, width: int = width) -> None:
+                        slot = lax.rem(1 + steps * b + i, jnp.int32(stages))
                         features = [BLOCK * b + i * together + n for n in range(together)]
                         factors = [compat.load(factors_smem.at[thread, a], ROWS) for a in features]
                         operands = [doubled * spread(x, width) for x in factors]
                         plgpu.barrier_wait(state_full.at[slot])
                         for n, a in enumerate(operands):
-                            plgpu.wgmma(acc, a, state_smem.at[slot, pl.ds(n * width, width)])
+                            plgpu.wgmma(acc, a, state_smem.at[slot, n, pl.ds(0, width)])
                         # Drained, while the other warpgroups make their operands: four of them leave no registers for operands
                         # in flight (ptxas then serialises every instruction, C7512).
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(state_empty.at[slot])
 
-                    lax.fori_loop(0, count(tiles), add_tile, None)
-                    start += tiles
+                    lax.fori_loop(0, block_steps, add_pair, None)
                 return acc[...]
 
             if has_states:
@@ -253,19 +238,13 @@ def query(
                 factor = compat.load(finish_gmem.at[q_head, here], ROWS, optimized=False) / lift
             vectors_smem.at[thread, 1][...] = den / lift
             y = lax.bitcast_convert_type((acc * spread(factor, e)).astype(out_dtype), jnp.float16)
-            if direct:
-                y_gmem.at[batch, here, own_head][...] = y
-                plgpu.commit_smem()
-            else:
-                y_smem.at[thread][...] = y
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(y_smem.at[thread], y_gmem.at[batch, here, own_head])
+            store_rows(y, q_smem.at[thread], y_gmem.at[batch, here, own_head])
             plgpu.copy_smem_to_gmem(vectors_smem.at[thread, 1], norm_gmem.at[q_head, here])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(thread == groups)
         def _load() -> None:
-            plgpu.set_max_registers(registers[1], action="decrease")
+            plgpu.set_max_registers(row.producer_registers, action="decrease")
             last_tile = block * groups + (groups - 1)
             first_token = chunk * z.chunk
 
@@ -276,26 +255,23 @@ def query(
                 plgpu.copy_gmem_to_smem(decay_gmem.at[head, token], decay_smem.at[slot], keys_full.at[slot])
 
             if has_states:
-                plgpu.copy_gmem_to_smem(moments_gmem.at[head, chunk], moments_smem, state_full.at[0])
+                for half in (pl.ds(n * d // together, d // together) for n in range(together)):  # as many copies as a step
+                    plgpu.copy_gmem_to_smem(moments_gmem.at[head, chunk, half], moments_smem.at[half], state_full.at[0])
             first_keys = min(key_stages, groups)
             for i in range(first_keys):
                 load_keys(jnp.int32(i))
-            start = 1
-            for b, (width, together, tiles) in enumerate(tables):
-                rows_b = width * together
+            for b in range(d // BLOCK if has_states else 0):
+                needed = pl.ds(BLOCK * b, d - BLOCK * b)
 
-                def load_state(i: Any, _: None, b: int = b, rows_b: int = rows_b, start: int = start) -> None:
-                    tile = start + i
-                    slot = lax.rem(tile, jnp.int32(stages))
-                    pl.when(tile >= stages)(lambda: plgpu.barrier_wait(state_empty.at[slot]))
-                    source, target = (
-                        states_gmem[b].at[chunk, head, pl.ds(i * rows_b, rows_b)],
-                        state_smem.at[slot, pl.ds(0, rows_b)],
-                    )
-                    plgpu.copy_gmem_to_smem(source, target, state_full.at[slot])
+                def load_pair(i: Any, _: None, b: int = b, needed: Any = needed) -> None:
+                    step = 1 + steps * b + i
+                    slot = lax.rem(step, jnp.int32(stages))
+                    pl.when(step >= stages)(lambda: plgpu.barrier_wait(state_empty.at[slot]))
+                    for n in range(together):
+                        source = states_gmem.at[head, chunk, BLOCK * b + i * together + n, needed]
+                        plgpu.copy_gmem_to_smem(source, state_smem.at[slot, n, pl.ds(0, needed.size)], state_full.at[slot])
 
-                lax.fori_loop(0, count(tiles), load_state, None)
-                start += tiles
+                lax.fori_loop(0, block_steps, load_pair, None)
 
             @pl.loop(first_keys, last_tile + 1)
             def _(i: Any) -> None:
@@ -304,9 +280,7 @@ def query(
 
     arrays: list[Any] = [q, keys.k, keys.v, gates.tile_prefix, gates.tile_decay, gates.tile_total, finish]
     if has_states:
-        arrays += [moments, state_row, moment_row, *states]
-    apart = [plgpu.SMEM((groups, TILE, e), jnp.float16, transforms=TILED), plgpu.SMEM((d, d), jnp.float16, transforms=NARROW)]
-    apart = [] if d == e else apart
+        arrays += [states, moments, state_row, moment_row]
     run = compat.kernel(
         query_kernel,
         out_type=[
@@ -318,13 +292,12 @@ def query(
                 plgpu.SMEM((groups, d, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((groups, d, TILE), jnp.float16),
                 plgpu.SMEM((groups, 3, TILE), jnp.float32),
-                plgpu.SMEM((stages, d, e), jnp.float16, transforms=NARROW),
+                plgpu.SMEM((stages, together, d, e), jnp.float16, transforms=NARROW),
                 plgpu.SMEM((key_stages, d, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((key_stages, e, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((key_stages, TILE), jnp.float32),
-                *apart,
                 plgpu.Barrier(num_arrivals=5 if has_states else 2, num_barriers=groups),
-                plgpu.Barrier(num_barriers=stages),
+                plgpu.Barrier(num_arrivals=together, num_barriers=stages),
                 plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
                 plgpu.Barrier(num_arrivals=3, num_barriers=key_stages),
                 plgpu.Barrier(num_arrivals=groups, num_barriers=key_stages),
@@ -340,39 +313,53 @@ def query(
 
 
 class States(NamedTuple):
-    """What queries read: states and moments before every chunk, float16, and what undoes their units `[h, chunks]`; the
-    last ones.
-    """
+    """States and moments before every chunk, float16 `[h, chunks, …]`, and what undoes their units `[h, chunks]`."""
 
-    states: tuple[Array, ...]
+    states: Array
     moments: Array
     state_unit: Array
     moment_unit: Array
-    last: tuple[Array, ...] | None
-    last_moments: Array
+
+
+class Saved(NamedTuple):
+    """What the backward pass takes from the forward pass; of `States` and what they came from, leading axes `[b, h_kv]`.
+
+    Fields:
+      norm: the row normaliser, in units of its own, `[b, t, h_q]` float32.
+      q_factor: from q to q^, a row each, `[b, t, h_q]`.
+      states: None if the call is one chunk from nothing.
+    """
+
+    norm: Array
+    q_factor: Array
+    keys: Keys
+    gates: Gates
+    states: States | None
+
+
+class Last(NamedTuple):
+    """The state and the moments after all chunks, float32, in scaled units."""
+
+    state: tuple[Array, ...] | None
+    moments: Array
 
 
 def update_states(
-    z: Sizes, keys: Keys, gates: Gates, s0: Array | None, z0: Array | None, *, whole: bool = False, want_last: bool = False
-) -> States:
+    z: Sizes, keys: Keys, weighted: Array, gates: Gates, s0: Array | None, z0: Array | None, *, want_last: bool
+) -> tuple[States, Last]:
     """The states before every chunk from keys and values; s0 and z0 as `prepare.to_square` leaves them, in scaled units."""
     weight = gates.chunk_decay.reshape(z.heads, z.chunks, z.chunk).sum(2)
-    bits = 2 * prepare.K_RANGE + prepare.V_RANGE
-    first = None if s0 is None else jnp.max(jnp.abs(s0), (1, 2, 3)) * 2.0**-bits
-    state_bound, _ = prepare.scan_chunks(gates.chunk_sum, weight, first)
-    of_chunks = moments_of(keys.weighted, keys.k, chunk=z.chunk, group=1)
-    moments, last_moments = prepare.scan_chunks(gates.chunk_sum, of_chunks, z0)
-    first = None if z0 is None else jnp.max(jnp.abs(z0), (1, 2)) * 2.0 ** (-2 * prepare.K_RANGE)
-    moment_bound, _ = prepare.scan_chunks(gates.chunk_sum, weight, first)
-    state_factor = prepare.state_factor(state_bound, bits)
-    moment_factor = prepare.state_factor(moment_bound, 2 * prepare.K_RANGE)
+    largest = None if s0 is None or z0 is None else (jnp.max(jnp.abs(s0), (1, 2, 3)), jnp.max(jnp.abs(z0), (1, 2)))
+    bits = 2 * tiles.K_RANGE + tiles.V_RANGE, 2 * tiles.K_RANGE
+    of_chunks = moments_of(keys.k, gates.chunk_decay, chunk=z.chunk, group=1)
+    scanned = prepare.scan_moments(gates.chunk_sum, of_chunks, weight, z0, largest, bits)
     states, last = update(
-        keys.weighted, keys.k, keys.v, jnp.exp2(gates.chunk_sum), state_factor,
-        None if s0 is None else prepare.to_blocks(z, s0),
-        chunk_tiles=z.chunk_tiles, group=1, reverse=False, whole=whole, want_last=want_last,
+        weighted, keys.k, keys.v, jnp.exp2(gates.chunk_sum), scanned.state_factor,
+        None if s0 is None else prepare.to_blocks(z, s0), walk_of(gates.chunk_sum, reverse=False),
+        chunk_tiles=z.chunk_tiles, group=1, want_last=want_last,
     )  # fmt: skip
-    moments = (moments * moment_factor[..., None, None]).astype(jnp.float16)
-    return States(states, moments, 1.0 / state_factor, 1.0 / moment_factor, last, last_moments)
+    units = 1.0 / scanned.state_factor, 1.0 / scanned.moment_factor
+    return States(states, scanned.moments, *units), Last(last, scanned.last)
 
 
 def scaled_first(z: Sizes, keys: Keys, s0: Array | None, z0: Array | None) -> tuple[Array | None, Array | None]:
@@ -386,25 +373,26 @@ def scaled_first(z: Sizes, keys: Keys, s0: Array | None, z0: Array | None) -> tu
 
 def forward(
     call: spec.PowerCall, q: Array, k: Array, v: Array, log_g: Array | None, s0: Array | None, z0: Array | None
-) -> tuple[Array, Array, Array | None, Array | None]:
-    """y `[b, t, h_q, e]` in the dtype of v, norm `[b, t, h_q]` in units of its own, and the last state if the call returns
-    it.
-    """
+) -> tuple[Array, Saved, Array | None, Array | None]:
+    """y `[b, t, h_q, e]` in the dtype of v, what the backward pass takes, and the last state if the call returns it."""
     z = prepare.sizes_of(call)
     gates = prepare.sum_gates(z, log_g)
-    keys = prepare.prepare_keys(z, k, v, gates)
-    q_factor = prepare.rows_of(z, prepare.row_factor(q))
-    (queries,) = stage(prepare.fill_up(z, q, z.padded_d), q_factor)
+    keys, weighted = prepare.prepare_keys(z, k, v, gates)
+    row_factor = prepare.row_factor(q)
+    q_factor = prepare.rows_of(z, row_factor)
+    (queries,) = stage(prepare.fill_up(z, q, z.padded), q_factor)
     first_s, first_z = scaled_first(z, keys, s0, z0)
-    spreads = z.chunks > 1 or s0 is not None
-    held = (
-        update_states(z, keys, gates, first_s, first_z, want_last=call.return_state) if spreads or call.return_state else None
-    )
-    rows: dict[str, Any] = {"states": (), "moments": None, "state_row": None, "moment_row": None}
-    if spreads and held is not None:
+    states = last = None
+    if z.chunks > 1 or s0 is not None or call.return_state:
+        states, last = update_states(z, keys, weighted, gates, first_s, first_z, want_last=call.return_state)
+    rows: dict[str, Any] = {"states": None, "moments": None, "state_row": None, "moment_row": None}
+    if z.chunks == 1 and s0 is None:
+        states = None  # before the only chunk there is nothing
+    if states is not None:
         reach = jnp.exp2(gates.chunk_prefix) * 2.0**z.score_exponent
-        units = [jnp.repeat(unit, z.chunk, axis=1) for unit in (held.state_unit, held.moment_unit)]
-        rows = {"states": held.states, "moments": held.moments, "state_row": reach * units[0], "moment_row": reach * units[1]}
+        units = [jnp.repeat(unit, z.chunk, axis=1) for unit in (states.state_unit, states.moment_unit)]
+        rows = {"states": states.states, "moments": states.moments}
+        rows |= {"state_row": reach * units[0], "moment_row": reach * units[1]}
     finish = jnp.repeat(prepare.power_of_two(-keys.v_exponent), z.group)
     if not call.normalize:
         of_k = jnp.repeat(prepare.power_of_two(-2 * keys.k_exponent), z.group) * call.scale**2 * 2.0**-z.score_exponent
@@ -415,19 +403,21 @@ def forward(
     )  # fmt: skip
     norm = jnp.moveaxis(norm.reshape(z.b, z.h_q, -1)[..., : z.t], 1, 2)
     y = y[:, : z.t, :, : z.e]
-    if not call.return_state or held is None:
-        return y, norm, None, None
-    return y, norm, *last_state(z, keys, gates, held, s0, z0)
+    by_batch = jax.tree.map(lambda x: x.reshape(z.b, z.h_kv, *x.shape[1:]), (keys, gates, states))
+    saved = Saved(norm, row_factor, *by_batch)
+    if not call.return_state or last is None:
+        return y, saved, None, None
+    return y, saved, *last_state(z, keys, gates, last, s0, z0)
 
 
-def last_state(z: Sizes, keys: Keys, gates: Gates, held: States, s0: Array | None, z0: Array | None) -> tuple[Array, Array]:
+def last_state(z: Sizes, keys: Keys, gates: Gates, last: Last, s0: Array | None, z0: Array | None) -> tuple[Array, Array]:
     """The public state after the last token. Of an initial state, moments kept the half that is symmetric inside a tile's
     own block.
     """
     of_k, of_v = prepare.power_of_two(-2 * keys.k_exponent), prepare.power_of_two(-keys.v_exponent)
-    assert held.last is not None
-    s = prepare.from_blocks(z, held.last) * (of_k * of_v)[:, None, None]
-    moments = prepare.from_square(z, held.last_moments[..., None])[..., 0] * of_k[:, None]
+    assert last.state is not None
+    s = prepare.from_blocks(z, last.state) * (of_k * of_v)[:, None, None]
+    moments = prepare.from_square(z, last.moments[..., None])[..., 0] * of_k[:, None]
     if s0 is not None and z0 is not None:
         across = jnp.exp2(gates.chunk_sum.sum(1))[:, None]
         s0, z0 = s0.reshape(s.shape), z0.reshape(moments.shape)

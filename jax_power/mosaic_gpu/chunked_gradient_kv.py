@@ -4,7 +4,7 @@ chunk.
 Through the state gradient dS (symmetric, as S): dv = φ(k) dS and dk = 2 Σ_a k[a] (dS[a] v), both with left operands made in
 registers, K^ · k^[a] and V^ · k^[a], from one tile dS[a]. A block takes 64 · groups keys of a chunk of one key-value head, one
 consumer warpgroup 64 of them:
-  1. moments: K^ dM;      2. state: for each a, dv += (K^ · k^[a]) dS[a], dk += (V^ · k^[a]) dS[a]ᵀ;      3. from both dk^, dv^;
+  1. state: for each a, dv += (K^ · k^[a]) dS[a], dk += (V^ · k^[a]) dS[a]ᵀ;      2. moments: K^ dM;      3. from both dk^, dv^;
   4. every query head of the group, query tiles from the diagonal on: Sᵀ = K^ Q~ᵀ, V^ Dᵀ, and from both P/den and ds~ in
      registers:
      dv^ += P/den D,  dk^ += ds~ Q~.
@@ -22,9 +22,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_power.mosaic_gpu import compat
-from jax_power.mosaic_gpu.chunked_fwd import NARROW, decay_on_diagonal, load_fragments
-from jax_power.mosaic_gpu.chunked_gradient_q import HALF_MAX, gradient_groups, load_matrices
+from jax_power.mosaic_gpu import compat, tiles
+from jax_power.mosaic_gpu.chunked_fwd import NARROW, decay_on_diagonal, load_fragments, store_rows
+from jax_power.mosaic_gpu.chunked_gradient_q import HALF_MAX, load_matrices
 from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
 from jax_power.mosaic_gpu.chunked_update import BLOCK, COLUMNS, ROWS, TILE, TILED, WGMMA
 
@@ -71,11 +71,10 @@ def gradient_kv(
       states, moments: of the gradient, behind every chunk, float16; none if nothing comes from behind the only chunk.
       finish: from dk^ and dv^ to dk and dv, float32 `[2, h]`.
     """
-    d, e, groups = z.padded_d, z.padded_e, gradient_groups(z)
+    d, e, row = z.padded, z.padded, tiles.gradient(z.padded)
+    groups, stages, query_stages = row.groups, row.stages, row.tile_stages
     blocks, has_states = z.chunk // (groups * TILE), states is not None
-    stages, query_stages = (6, 3) if d == e == 64 else (2, 2)
     feature_blocks = d // BLOCK
-    direct = d + e > 128  # wide heads leave no shared memory to gather whole rows of the results in
     vectors = [gates.tile_prefix, gates.tile_decay, *(rows if has_states else ())]
 
     def gradient_kv_kernel(q_gmem: Any, dy_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
@@ -86,7 +85,6 @@ def gradient_kv(
         dk_gmem, dv_gmem, all_gmem, part_gmem, scratch = inputs[-5:]
         k_smem, v_smem, factors_smem, vectors_smem, state_smem, q_smem, dy_smem, columns_smem, *others = scratch
         rows_full, state_full, state_empty, queries_full, queries_empty = others[-5:]
-        results_smem = others[1:-5] if has_states else others[:-5]
         item, thread = lax.axis_index("item"), lax.axis_index("warpgroup")
         chunk, rest = lax.rem(item, jnp.int32(z.chunks)), lax.div(item, jnp.int32(z.chunks))
         block, head = lax.rem(rest, jnp.int32(blocks)), lax.div(rest, jnp.int32(blocks))
@@ -98,7 +96,7 @@ def gradient_kv(
 
         @pl.when(thread < groups)
         def _consume() -> None:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(row.consumer_registers, action="increase")
             own_tile = first_tile + thread
             here, mine = pl.ds(chunk * z.chunk + own_tile * TILE, TILE), rows_full.at[thread]
             plgpu.copy_gmem_to_smem(k_gmem.at[head, :, here], k_smem.at[thread], mine)
@@ -109,7 +107,10 @@ def gradient_kv(
                 plgpu.copy_gmem_to_smem(k_gmem.at[head, :, here], factors_smem.at[thread], mine)
                 plgpu.copy_gmem_to_smem(moments_gmem.at[head, chunk], others[0].at[thread], mine)
             plgpu.barrier_wait(mine)
-            prefix, to_end, *through = (compat.load(vectors_smem.at[thread, n], ROWS) for n in range(len(vectors)))
+            prefix, to_end = (compat.load(vectors_smem.at[thread, n], ROWS) for n in range(2))
+
+            def row_vector(n: int) -> Array:
+                return compat.load(vectors_smem.at[thread, n], ROWS)
 
             def spread(x: Array, width: int = TILE) -> Array:
                 return lax.broadcast_in_dim(x, (TILE, width), [0])
@@ -119,23 +120,41 @@ def gradient_kv(
                 return (load_fragments(k_smem.at[thread]).astype(jnp.float32) * x).sum(axis=1)
 
             def products_with_states(accs: Any) -> None:
-                k, v = load_fragments(k_smem.at[thread]), load_fragments(v_smem.at[thread])
-                column = plgpu.broadcasted_iota(jnp.int32, (TILE, d), 1, layout=WGMMA)
-                for b in range(feature_blocks):
-                    doubled = lax.slice(jnp.where(column >= BLOCK * (b + 1), k + k, k), (0, BLOCK * b), (TILE, d))
+                column = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 1, layout=WGMMA)
 
-                    def add_matrix(i: Any, _: None, doubled: Array = doubled, b: int = b) -> None:
+                def piece(ref: Any, n: int) -> Array:
+                    return load_fragments(ref.at[thread, pl.ds(TILE * n, TILE)])
+
+                def later_features(k: Array, n: int, b: int) -> Array:
+                    """Columns of k^'s n-th piece from block b on, those behind the block doubled: (j, a) is as (a, j)."""
+                    own = BLOCK * b - TILE * n
+                    doubled = jnp.where(column >= own + BLOCK, k + k, k) if own + BLOCK > 0 else k + k
+                    return lax.slice(doubled, (0, max(own, 0)), (TILE, TILE))
+
+                # In pieces of 64 columns. Beside dk and dv of 128, registers hold none from one matrix to the next.
+                held = (piece(k_smem, 0), piece(v_smem, 0)) if d == TILE else None
+                for b in range(feature_blocks):
+                    held_k = None if held is None else later_features(held[0], 0, b)
+
+                    def add_matrix(i: Any, _: None, held_k: Array | None = held_k, b: int = b) -> None:
                         feature = BLOCK * b + i
                         slot = lax.rem(feature, jnp.int32(stages))
                         factor = compat.load(factors_smem.at[thread, feature], ROWS)
-                        of_k, of_v = doubled * spread(factor, d - BLOCK * b), v * spread(factor, e)
                         plgpu.barrier_wait(state_full.at[slot])
-                        plgpu.wgmma(accs[0], of_v, state_smem.at[slot].transpose((1, 0)))
-                        state = state_smem.at[slot] if b == 0 else state_smem.at[slot, pl.ds(BLOCK * b, d - BLOCK * b)]
-                        plgpu.wgmma(accs[1], of_k, state)
-                        plgpu.wgmma_wait(
-                            0
-                        )  # drained, while the other warpgroup makes its operands: in flight they spill registers
+                        for n in range(e // TILE):
+                            v = piece(v_smem, n) if held is None else held[1]
+                            state = state_smem.at[slot, :, pl.ds(TILE * n, TILE)]
+                            plgpu.wgmma(accs[0], v * spread(factor), state.transpose((1, 0)))
+                            if held is None:  # a fragment loaded beside a product in flight came out wrong (NOTES)
+                                plgpu.wgmma_wait(0)
+                        for n in range(BLOCK * b // TILE, d // TILE):
+                            k = later_features(piece(k_smem, n), n, b) if held_k is None else held_k
+                            state = state_smem.at[slot, pl.ds(max(BLOCK * b, TILE * n), k.shape[1])]
+                            plgpu.wgmma(accs[1], k * spread(factor, k.shape[1]), state)
+                            if held is None:
+                                plgpu.wgmma_wait(0)
+                        # Drained, while the other warpgroup makes its operands: in flight they spill registers.
+                        plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(state_empty.at[slot])
 
                     lax.fori_loop(0, members, add_matrix, None)
@@ -145,18 +164,18 @@ def gradient_kv(
             if has_states:
 
                 def product(acc: Any) -> Array:
-                    plgpu.wgmma(acc, load_fragments(k_smem.at[thread]), others[0].at[thread])
+                    plgpu.wgmma(acc, k_smem.at[thread].transpose((1, 0)), others[0].at[thread])
                     return acc[...]
 
-                dk_state, dk_moment, dv_state = through
-                km = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, d), jnp.float32))
                 dk, dv = pl.run_state(products_with_states)(
                     (plgpu.WGMMAAccumulatorRef.init(dk), plgpu.WGMMAAccumulatorRef.init(dv))
                 )
-                dk, dv = dk * spread(dk_state, d) + km * spread(dk_moment, d), dv * spread(dv_state, e)
+                km = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, d), jnp.float32))
+                dk, dv = dk * spread(row_vector(2), d) + km * spread(row_vector(3), d), dv * spread(row_vector(4), e)
                 part = row_products(dk)
             else:
                 part = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS)
+            vectors_smem.at[thread, len(vectors)][...] = 0.5 * part
 
             def products(slot: Any) -> tuple[Array, Array]:
                 """Scores and <v^, D> of this warpgroup's keys with a tile of queries."""
@@ -214,27 +233,19 @@ def gradient_kv(
 
             dk, dv = lax.fori_loop(0, z.group, head_tiles, (dk, dv))
             vectors_smem.at[thread, 0][...] = 0.5 * row_products(dk)
-            vectors_smem.at[thread, 1][...] = 0.5 * part
             results = [
                 lax.bitcast_convert_type((x * finish_gmem[n, head]).astype(out_dtype), jnp.float16)
                 for n, x in enumerate((dk, dv))
             ]
-            results_gmem = [x.at[batch, here, own_head] for x in (dk_gmem, dv_gmem)]
-            for result, result_gmem, result_smem in zip(results, results_gmem, results_smem or (None, None), strict=True):
-                if result_smem is None:
-                    result_gmem[...] = result
-                else:
-                    result_smem.at[thread][...] = result
-            plgpu.commit_smem()
-            for result_gmem, result_smem in zip(results_gmem, results_smem, strict=False):
-                plgpu.copy_smem_to_gmem(result_smem.at[thread], result_gmem)
+            for result, own_smem, result_gmem in zip(results, (k_smem, v_smem), (dk_gmem, dv_gmem), strict=True):
+                store_rows(result, own_smem.at[thread], result_gmem.at[batch, here, own_head])
             plgpu.copy_smem_to_gmem(vectors_smem.at[thread, 0], all_gmem.at[head, here])
-            plgpu.copy_smem_to_gmem(vectors_smem.at[thread, 1], part_gmem.at[head, here])
+            plgpu.copy_smem_to_gmem(vectors_smem.at[thread, len(vectors)], part_gmem.at[head, here])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(thread == groups)
         def _load() -> None:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(row.producer_registers, action="decrease")
 
             def load_queries(i: Any) -> None:
                 slot = lax.rem(i, jnp.int32(query_stages))
@@ -250,7 +261,7 @@ def gradient_kv(
                 load_queries(jnp.int32(i))
             if has_states:
                 features = feature_blocks * members
-                load_matrices(states_gmem.at[chunk, head], features, state_smem, state_full, state_empty)
+                load_matrices(states_gmem.at[head, chunk], features, state_smem, state_full, state_empty)
 
             @pl.loop(first_queries, queries)
             def _(i: Any) -> None:
@@ -273,13 +284,12 @@ def gradient_kv(
                 plgpu.SMEM((groups, d, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((groups, e, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((groups, d, TILE), jnp.float16),
-                plgpu.SMEM((groups, len(vectors), TILE), jnp.float32),
+                plgpu.SMEM((groups, len(vectors) + 1, TILE), jnp.float32),
                 plgpu.SMEM((stages, d, e), jnp.float16, transforms=NARROW),
                 plgpu.SMEM((query_stages, d, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((query_stages, e, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((query_stages, 3, TILE), jnp.float32),
                 *([plgpu.SMEM((groups, d, d), jnp.float16, transforms=TILED)] if has_states else []),
-                *([] if direct else [plgpu.SMEM((groups, TILE, width), jnp.float16, transforms=TILED) for width in (d, e)]),
                 plgpu.Barrier(num_arrivals=2 + len(vectors) + 2 * has_states, num_barriers=groups),
                 plgpu.Barrier(num_barriers=stages),
                 plgpu.Barrier(num_arrivals=groups, num_barriers=stages),

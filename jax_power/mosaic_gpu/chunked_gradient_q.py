@@ -4,7 +4,7 @@
 The state's part of numᵢ is Σ_a,j q[a] q[j] S[a][j], symmetric in a and j, so its gradient is twice Σ_a q[a] (S[a] dy): products
 A = D · q~[a] made in registers with whole matrices S[a]; of those, columns of earlier blocks come from the matrices of these
 columns. A block takes 64 · groups queries of a chunk of one head, one consumer warpgroup 64 of them:
-  1. moments: q~ M;        2. state: for each a, dq += (D · q~[a]) S[a]ᵀ;        3. from both dq~, and its part of <q~, dq~>;
+  1. state: for each a, dq += (D · q~[a]) S[a]ᵀ;        2. moments: q~ M;        3. from both dq~, and its part of <q~, dq~>;
   4. from the diagonal key tile backwards: S = Q~ K^ᵀ, D V^ᵀ, ds~ from both in registers, dq~ += ds~ K^;
   5. ΔD is corrected to what these sums say it is.
 One more warpgroup loads. Shared memory: q~ and D transposed (dq leaves through q~), a ring of state tiles, one of key tiles.
@@ -20,17 +20,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_power.mosaic_gpu import compat
-from jax_power.mosaic_gpu.chunked_fwd import decay_on_diagonal, load_fragments
+from jax_power.mosaic_gpu import compat, tiles
+from jax_power.mosaic_gpu.chunked_fwd import decay_on_diagonal, load_fragments, store_rows
 from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
 from jax_power.mosaic_gpu.chunked_update import COLUMNS, ROWS, TILE, TILED, WGMMA
 
 HALF_MAX = 65504.0
-
-
-def gradient_groups(z: Sizes) -> int:
-    """Consumer warpgroups of a block of the gradient kernels: a head of 128 leaves shared memory for one."""
-    return 2 if z.padded_d == 64 else 1
 
 
 class QueryRows(NamedTuple):
@@ -87,10 +82,9 @@ def gradient_q(
       states, moments: before every chunk, float16; none if the call is one chunk from nothing.
       ds_scale: 2^DS_SHIFT.
     """
-    d, e, groups = z.padded_d, z.padded_e, gradient_groups(z)
+    d, e, row = z.padded, z.padded, tiles.gradient(z.padded)
+    groups, stages, key_stages = row.groups, row.stages, row.tile_stages
     blocks, has_states = z.chunk // (groups * TILE), states is not None
-    stages, key_stages = (6, 3) if d == e == 64 else (2, 2)
-    direct = d + e > 128  # wide heads leave no shared memory to gather whole rows of dq in
     vectors = [rows.h, rows.mean, rows.finish, *((rows.state, rows.moment, rows.mass) if has_states else ())]
 
     def gradient_q_kernel(
@@ -111,7 +105,7 @@ def gradient_q(
 
         @pl.when(thread < groups)
         def _consume() -> None:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(row.consumer_registers, action="increase")
             own_tile = block * groups + thread
             token = chunk * z.chunk + own_tile * TILE
             here, mine = pl.ds(token, TILE), rows_full.at[thread]
@@ -157,13 +151,14 @@ def gradient_q(
             if has_states:
 
                 def product(acc: Any) -> Array:
-                    plgpu.wgmma(acc, load_fragments(q_smem.at[thread]), others[0].at[thread])
+                    plgpu.wgmma(acc, q_smem.at[thread].transpose((1, 0)), others[0].at[thread])
                     return acc[...]
 
                 of_state, of_moments, of_mass = through
+                # States first: sums of moments beside theirs would take registers that d = 128 has not.
+                dq = pl.run_scoped(products_with_states, plgpu.WGMMAAccumulatorRef((TILE, d), jnp.float32))
                 qm = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, d), jnp.float32))
                 state_mass = row_products(qm) * of_mass
-                dq = pl.run_scoped(products_with_states, plgpu.WGMMAAccumulatorRef((TILE, d), jnp.float32))
                 dq = dq * spread(of_state, d) - qm * spread(of_moments * mean, d)
                 state_part = row_products(dq)
             else:
@@ -230,21 +225,14 @@ def gradient_q(
             vectors_smem.at[thread, 0][...] = exact
             vectors_smem.at[thread, 1][...] = part
             result = lax.bitcast_convert_type((dq * spread(finish, d)).astype(out_dtype), jnp.float16)
-            if direct:
-                dq_gmem.at[batch, here, own_head][...] = result
-                plgpu.commit_smem()
-            else:
-                out_smem = others[-6]
-                out_smem.at[thread][...] = result
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_smem.at[thread], dq_gmem.at[batch, here, own_head])
+            store_rows(result, q_smem.at[thread], dq_gmem.at[batch, here, own_head])
             plgpu.copy_smem_to_gmem(vectors_smem.at[thread, 0], mean_gmem.at[q_head, here])
             plgpu.copy_smem_to_gmem(vectors_smem.at[thread, 1], part_gmem.at[q_head, here])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(thread == groups)
         def _load() -> None:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(row.producer_registers, action="decrease")
 
             def load_keys(i: Any) -> None:
                 slot, token = lax.rem(i, jnp.int32(key_stages)), pl.ds(chunk * z.chunk + (last_tile - i) * TILE, TILE)
@@ -256,7 +244,7 @@ def gradient_q(
             for i in range(first_keys):
                 load_keys(jnp.int32(i))
             if has_states:
-                load_matrices(states_gmem.at[chunk, head], features, state_smem, state_full, state_empty)
+                load_matrices(states_gmem.at[head, chunk], features, state_smem, state_full, state_empty)
 
             @pl.loop(first_keys, last_tile + 1)
             def _(i: Any) -> None:
@@ -280,7 +268,6 @@ def gradient_q(
                 plgpu.SMEM((key_stages, e, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((key_stages, TILE), jnp.float32),
                 *([plgpu.SMEM((groups, d, d), jnp.float16, transforms=TILED)] if has_states else []),
-                *([] if direct else [plgpu.SMEM((groups, TILE, d), jnp.float16, transforms=TILED)]),
                 plgpu.Barrier(num_arrivals=3 + len(vectors) + 2 * has_states, num_barriers=groups),
                 plgpu.Barrier(num_barriers=stages),
                 plgpu.Barrier(num_arrivals=groups, num_barriers=stages),

@@ -17,19 +17,13 @@ import numpy as np
 from jax import Array, lax
 
 from bridge import spec
+from jax_power.mosaic_gpu import tiles
 from jax_power.mosaic_gpu.chunked_stage import stage
 from jax_power.mosaic_gpu.chunked_update import BLOCK, TILE
 
-# Ranges of the scaled operands, as powers of two: |q^| < 2^Q_RANGE (each row on its own), |k^| < 2^K_RANGE, |v^| < 2^V_RANGE
-# (each per key-value head). k is put high because it enters squared: a key 2^10 smaller than the largest still has normal
-# features.
-Q_RANGE, K_RANGE, V_RANGE, DY_RANGE = 1, 4, 0, 0
-# States are stored below 2^STATE_RANGE, half of float16's range.
-STATE_RANGE = 15
 LOG2_E = 1.4426950408889634
-# Most chunks whose scan is one product with their matrix of decays (a scan by pairs is a dozen launches of microseconds);
-# with more, the matrix would outgrow the states.
-SCAN_LIMIT = 512
+# Chunks that a scan sums at once: two levels serve 64 chunks (a scan by pairs is a dozen launches of microseconds).
+SCAN_GROUP = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,32 +63,17 @@ class Sizes:
         return self.chunk // TILE
 
     @property
-    def padded_d(self) -> int:
-        return 64 if self.d <= 64 else 128
-
-    @property
-    def padded_e(self) -> int:
-        return 64 if self.e <= 64 else 128
+    def padded(self) -> int:
+        """Head size of the kernels' operands, keys and values alike."""
+        return tiles.padded_head(max(self.d, self.e))
 
     @property
     def score_exponent(self) -> int:
-        """Squared scores are at most (d · 2^(Q_RANGE + K_RANGE))²; times 2^score_exponent they fit float16 (< 2^15)."""
-        return 15 - 2 * ((6 if self.padded_d == 64 else 7) + Q_RANGE + K_RANGE)
-
-
-def chunk_length(t: int, d: int, e: int) -> int:
-    """Chunk length, by the table of csrc/power/tiles.h: c well under 4·D, and states that fit memory."""
-    if t <= 256:
-        return 256
-    if t <= 1024:
-        return 512  # more chunks: short sequences need blocks to fill the chip
-    if d > 64:
-        return 4096 if t >= 16384 else 1024  # D = 8704: a state is 2.2 MB, 1/4 the memory of 1024
-    return 2048 if e > 64 and t >= 16384 else 1024  # d = 64, t = 65536, 8 heads: 168 MB of states
+        return tiles.score_exponent(self.padded)
 
 
 def sizes_of(call: spec.PowerCall) -> Sizes:
-    return Sizes(call.b, call.t, call.h_q, call.h_kv, call.d, call.e, chunk_length(call.t, call.d, call.e))
+    return Sizes(call.b, call.t, call.h_q, call.h_kv, call.d, call.e, tiles.chunk_length(call.t, max(call.d, call.e)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,11 +102,13 @@ class Gates(NamedTuple):
 
 
 def _partial_sums(x: Array) -> tuple[Array, Array]:
-    """Sums along the last axis up to and with each entry, and after it: products with triangles, in float32 proper."""
-    n = x.shape[-1]
-    triangles = np.concatenate((np.triu(np.ones((n, n))), np.tril(np.ones((n, n)), -1)), 1).astype(np.float32)
-    sums = jnp.matmul(x, triangles, precision=lax.Precision.HIGHEST)
-    return sums[..., :n], sums[..., n:]
+    """Sums along the last axis up to and with each entry, and after it.
+
+    Sums of masked entries, which XLA fuses. Products with triangles would each be tuned, which takes part of the first call.
+    """
+    upto = np.tri(x.shape[-1], dtype=bool)
+    here, after = (jnp.where(mask, x[..., None, :], 0.0).sum(-1) for mask in (upto, ~upto))
+    return here, after
 
 
 def sum_gates(z: Sizes, log_g: Array | None) -> Gates:
@@ -154,32 +135,72 @@ def scan_chunks(log_decay: Array, x: Array, first: Array | None, *, reverse: boo
     h, n = log_decay.shape
     if reverse:
         log_decay, x = jnp.flip(log_decay, 1), jnp.flip(x, 1)
-    scan = _scan_by_matrix if n <= SCAN_LIMIT else _scan_by_pairs
-    decay, after = scan(log_decay, x.reshape(h, n, -1))
+    after = _scan(log_decay, x.reshape(h, n, -1))
     start = jnp.zeros_like(after[:, :1]) if first is None else first.reshape(h, 1, -1)
     if first is not None:
-        after = after + jnp.exp2(decay)[..., None] * start
+        after = after + jnp.exp2(_partial_sums(log_decay)[0])[..., None] * start
     states = jnp.concatenate((start, after), 1).reshape(h, n + 1, *x.shape[2:])
     before, last = states[:, :-1], states[:, -1]
     return (jnp.flip(before, 1) if reverse else before), last
 
 
-def _scan_by_matrix(log_decay: Array, x: Array) -> tuple[Array, Array]:
-    """Sums of the log decays up to and with each chunk, and S after it from nothing: `[h, chunks]`, `[h, chunks, n]`."""
-    n = log_decay.shape[1]
-    between = jnp.where(np.tri(n, k=-1, dtype=bool), log_decay[:, :, None], 0.0)  # [h, step, from]: steps after `from`
-    sums = jnp.matmul(np.tri(n, dtype=np.float32), between, precision=lax.Precision.HIGHEST)
-    decay = jnp.where(np.tri(n, dtype=bool), jnp.exp2(sums), 0.0)
-    return _partial_sums(log_decay)[0], jnp.matmul(decay, x, precision=lax.Precision.HIGHEST)
+class Moments(NamedTuple):
+    """Moments before every chunk of a walk, float16 `[h, chunks, d, d]`, and after all, float32 `[h, d, d]`.
+
+    Fields:
+      state_factor, moment_factor: what brings the states and the moments into float16's range, `[h, chunks]`.
+    """
+
+    moments: Array
+    last: Array
+    state_factor: Array
+    moment_factor: Array
 
 
-def _scan_by_pairs(log_decay: Array, x: Array) -> tuple[Array, Array]:
-    """The same with memory linear in the number of chunks."""
+def scan_moments(
+    log_decay: Array, x: Array, bound: Array, first: Array | None, largest: tuple[Array, Array] | None,
+    bits: tuple[int, int], *, reverse: bool = False,
+) -> Moments:  # fmt: skip
+    """Scans moments together with the bounds of states and moments: one scan is half the XLA kernels of two.
 
-    def combine(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
-        return left[0] + right[0], left[1] * jnp.exp2(right[0])[..., None] + right[1]
+    Args:
+      x, bound: of every chunk, `[h, chunks, d, d]` and `[h, chunks]`.
+      first, largest: the first moments, and the largest entries of first state and moments `[h]`; None is zero.
+      bits: entries of states and of moments are below bound · 2^bits.
+    """
+    h, n, d = x.shape[:3]
+    columns = jnp.concatenate((x.reshape(h, n, -1), bound[..., None], bound[..., None]), 2)
+    start = None
+    if first is not None and largest is not None:
+        ends = [(most * 2.0**-power)[:, None] for most, power in zip(largest, bits, strict=True)]
+        start = jnp.concatenate((first.reshape(h, -1), *ends), 1)
+    before, last = scan_chunks(log_decay, columns, start, reverse=reverse)
+    state_factor, moment_factor = (state_factor_of(before[..., i - 2], power) for i, power in enumerate(bits))
+    moments = before[..., :-2].reshape(h, n, d, d) * moment_factor[..., None, None]
+    return Moments(moments.astype(jnp.float16), last[:, :-2].reshape(h, d, d), state_factor, moment_factor)
 
-    return lax.associative_scan(combine, (log_decay, x), axis=1)
+
+def _scan(log_decay: Array, x: Array) -> Array:
+    """S after every chunk, from nothing, `[h, n, size]`: sums over up to `SCAN_GROUP` chunks, then a scan of the groups' ends.
+
+    Sums, which XLA fuses: as a product with the matrix of decays it would be tuned, a part of the first call's seconds.
+    """
+    h, n, size = x.shape
+    group = min(n, SCAN_GROUP)
+    groups = -(-n // group)
+    padding = groups * group - n
+    log_decay = jnp.pad(log_decay, ((0, 0), (0, padding))).reshape(h, groups, group)
+    x = jnp.pad(x, ((0, 0), (0, padding), (0, 0))).reshape(h, groups, 1, group, size)
+    to, of, step = np.ogrid[:group, :group, :group]
+    between = jnp.where((of < step) & (step <= to), log_decay[:, :, None, None], 0.0).sum(-1)
+    decay = jnp.where(np.tri(group, dtype=bool), jnp.exp2(between), 0.0)
+    after = (decay[..., None] * x).sum(3)
+    if groups > 1:
+        upto = _partial_sums(log_decay)[0]
+        ends = _scan(upto[..., -1], after[:, :, -1])
+        before = jnp.pad(ends[:, :-1], ((0, 0), (1, 0), (0, 0)))
+        after = after + jnp.exp2(upto)[..., None] * before[:, :, None]
+    return after.reshape(h, -1, size)[:, :n]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,8 +209,13 @@ def _scan_by_pairs(log_decay: Array, x: Array) -> tuple[Array, Array]:
 
 
 def power_of_two(exponent: Array) -> Array:
-    """2^exponent for an integer exponent, exact."""
-    return jnp.ldexp(jnp.float32(1), exponent)
+    """2^exponent for an integer exponent, exact: a product of two by their bits, as one of ±200 is no float32's.
+
+    `jnp.ldexp` forgets, in JAX 0.12, that its result varies over a mesh.
+    """
+    half = exponent >> 1
+    first, second = ((jnp.clip(x, -126, 127) + 127) << 23 for x in (half, exponent - half))
+    return lax.bitcast_convert_type(first, jnp.float32) * lax.bitcast_convert_type(second, jnp.float32)
 
 
 def scaling_exponent(largest: Array, power: int) -> Array:
@@ -206,7 +232,7 @@ def head_exponent(x: Array, h_kv: int, power: int) -> Array:
 
 def row_factor(x: Array) -> Array:
     """2^a that brings each row of `[…, n]` into [2^(Q_RANGE − 1), 2^Q_RANGE), `[…]`."""
-    return power_of_two(scaling_exponent(jnp.max(jnp.abs(x), axis=-1).astype(jnp.float32), Q_RANGE))
+    return power_of_two(scaling_exponent(jnp.max(jnp.abs(x), axis=-1).astype(jnp.float32), tiles.Q_RANGE))
 
 
 def fill_up(z: Sizes, x: Array, width: int) -> Array:
@@ -220,19 +246,22 @@ def rows_of(z: Sizes, x: Array) -> Array:
 
 
 class Keys(NamedTuple):
-    """k^ᵀ, v^ᵀ, (w k^)ᵀ as float16 `[h, feature, token]`, and the exponents κ and ν `[h]`."""
+    """k^ᵀ and v^ᵀ as float16 `[h, feature, token]`, and the exponents κ and ν `[h]`."""
 
     k: Array
     v: Array
-    weighted: Array
     k_exponent: Array
     v_exponent: Array
 
 
-def prepare_keys(z: Sizes, k: Array, v: Array, gates: Gates) -> Keys:
-    k_exponent, v_exponent = head_exponent(k, z.h_kv, K_RANGE), head_exponent(v, z.h_kv, V_RANGE)
-    staged, weighted = stage(fill_up(z, k, z.padded_d), power_of_two(k_exponent), gates.chunk_decay)
-    return Keys(staged, stage(fill_up(z, v, z.padded_e), power_of_two(v_exponent))[0], weighted, k_exponent, v_exponent)
+def prepare_keys(z: Sizes, k: Array, v: Array, gates: Gates) -> tuple[Keys, Array]:
+    """Keys and values, and (w k^)ᵀ, w being the decay to the chunk's end."""
+    k_exponent, v_exponent = head_exponent(k, z.h_kv, tiles.K_RANGE), head_exponent(v, z.h_kv, tiles.V_RANGE)
+    of_k, of_v = (
+        jnp.broadcast_to(power_of_two(exponent)[:, None], (z.heads, z.tokens)) for exponent in (k_exponent, v_exponent)
+    )
+    staged, weighted = stage(fill_up(z, k, z.padded), of_k, gates.chunk_decay)
+    return Keys(staged, stage(fill_up(z, v, z.padded), of_v)[0], k_exponent, v_exponent), weighted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,29 +291,29 @@ def _moment_rows(d: int, padded_d: int) -> np.ndarray:
 
 def to_square(z: Sizes, s: Array) -> Array:
     """A public state `[h, D, n]` as moments of pairs of features `[h, a, j, n]`, symmetric in a and j."""
-    square = jnp.pad(s, ((0, 0), (0, 1), (0, 0)))[:, _public_rows(z.d, z.padded_d)]
+    square = jnp.pad(s, ((0, 0), (0, 1), (0, 0)))[:, _public_rows(z.d, z.padded)]
     return 0.5 * (square + jnp.swapaxes(square, 1, 2))
 
 
 def from_square(z: Sizes, square: Array) -> Array:
     """The inverse of `to_square` on symmetric moments: `[h, a, j, n]` → `[h, D, n]`."""
-    return square.reshape(square.shape[0], -1, square.shape[3])[:, _moment_rows(z.d, z.padded_d)]
+    return square.reshape(square.shape[0], -1, square.shape[3])[:, _moment_rows(z.d, z.padded)]
 
 
 def to_blocks(z: Sizes, square: Array) -> tuple[Array, ...]:
     """`[h, a, j, e]` → what `update` starts from, per block b `[h, 16, e, d − 16 b]`."""
-    square = jnp.pad(square, ((0, 0), (0, 0), (0, 0), (0, z.padded_e - square.shape[3])))
-    blocks = range(0, z.padded_d, BLOCK)
+    square = jnp.pad(square, ((0, 0), (0, 0), (0, 0), (0, z.padded - square.shape[3])))
+    blocks = range(0, z.padded, BLOCK)
     return tuple(jnp.swapaxes(square[:, b : b + BLOCK, b:], 2, 3) for b in blocks)
 
 
 def from_blocks(z: Sizes, blocks: tuple[Array, ...]) -> Array:
     """What `update` ends with as a public state `[h, D, e]`."""
-    whole = [jnp.pad(x, ((0, 0), (0, 0), (0, 0), (z.padded_d - x.shape[3], 0))) for x in blocks]
+    whole = [jnp.pad(x, ((0, 0), (0, 0), (0, 0), (z.padded - x.shape[3], 0))) for x in blocks]
     square = jnp.swapaxes(jnp.concatenate(whole, 1), 2, 3)
     return from_square(z, square)[..., : z.e]
 
 
-def state_factor(bound: Array, bits: int) -> Array:
+def state_factor_of(bound: Array, bits: int) -> Array:
     """What brings a state whose entries are below bound · 2^bits into float16's range; 1 where the bound is 0."""
-    return jnp.where(bound > 0, 2.0 ** (STATE_RANGE - bits) / jnp.where(bound > 0, bound, 1.0), 1.0)
+    return jnp.where(bound > 0, 2.0 ** (tiles.STATE_RANGE - bits) / jnp.where(bound > 0, bound, 1.0), 1.0)

@@ -13,6 +13,9 @@ from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from jax_power.mosaic_gpu import tiles
 
 # From 0.11 on `plgpu.load` takes the reference alone; before, an index is required.
 _LOAD_TAKES_INDEX = jax.__version_info__ < (0, 11)
@@ -32,7 +35,15 @@ def load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
 
 
 def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
-    """`plgpu.kernel` with the lowering and the fast approximations of exp2 and division that all kernels here rely on."""
+    """`plgpu.kernel` with the lowering and the fast approximations of exp2 and division that all kernels here rely on.
+
+    Raises:
+      NotImplementedError: the shared memory among `scratch_types` is more than a block has.
+    """
+    scratch = [x for x in jax.tree.leaves(options.get("scratch_types", ())) if getattr(x, "memory_space", None) == plgpu.SMEM]
+    tiles.check_smem(
+        getattr(body, "__name__", "kernel"), {f"{n}": (x.shape, jnp.dtype(x.dtype).itemsize) for n, x in enumerate(scratch)}
+    )
     params = plgpu.CompilerParams(approx_math=True, lowering_semantics=SEMANTICS)
     return plgpu.kernel(body, compiler_params=params, **options)
 

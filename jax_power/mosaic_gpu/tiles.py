@@ -1,7 +1,8 @@
 """The tile table of the Pallas kernels: what every kernel's shapes come from, and why each number is what it is.
 
 The twin of `torch_power/csrc/power/tiles.h` and of the tables at the head of its attention kernels. A kernel asks for its row
-before anything is traced, and `check_smem` raises if what it allocates cannot fit, before the compiler is started.
+before anything is traced, and `check_smem` raises if what it allocates cannot fit, before the compiler is started (for the
+kernels of the chunked form in `compat.kernel`).
 """
 
 from __future__ import annotations
@@ -67,6 +68,84 @@ def backward_q(d: int, e: int, *, gates: bool) -> Backward:
 def backward_kv(d: int, e: int) -> Backward:
     """Row of the table for dk and dv, whose sums and tiles, S and dP, leave no registers for wider tiles."""
     return Backward(groups=2, width=64, stages=6 if d + e == 128 else 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chunked form
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Ranges of the scaled operands, as powers of two: |q^| < 2^Q_RANGE (each row on its own), |k^| < 2^K_RANGE, |v^| < 2^V_RANGE,
+# |D| < 2^DY_RANGE (each per key-value head). k is put high because it enters squared: a key 2^10 smaller than the largest
+# still has normal features.
+Q_RANGE, K_RANGE, V_RANGE, DY_RANGE = 1, 4, 0, 0
+# States are stored below 2^STATE_RANGE, half of float16's range.
+STATE_RANGE = 15
+
+
+class Chunked(NamedTuple):
+    """A kernel of the chunked form: `groups` consumer warpgroups of 64 rows, rings of tiles from device memory.
+
+    Fields:
+      together, stages: state matrices that arrive together, and stages of their ring.
+      tile_stages: stages of the ring of tiles of the other side (keys, queries), or of the only ring.
+    """
+
+    groups: int
+    stages: int
+    tile_stages: int
+    consumer_registers: int
+    producer_registers: int
+    together: int = 1
+
+
+def score_exponent(d: int) -> int:
+    """Squared scores are at most (d · 2^(Q_RANGE + K_RANGE))²; times 2^score_exponent they fit float16 (< 2^15)."""
+    return 15 - 2 * ((6 if d == 64 else 7) + Q_RANGE + K_RANGE)
+
+
+def chunk_length(t: int, size: int) -> int:
+    """Chunk length for heads of `size`: c well under 4·D, and states that fit memory; a multiple of the rows of every block.
+
+    The CUDA twin's 768 (3 % less time at d = 64) is no power of two: t = 65536 would have to be filled up, which XLA does by
+    copying q, k, v and y.
+    """
+    if t <= 256:
+        return 256
+    if t <= 1024:
+        return 512  # more chunks: short sequences need blocks to fill the chip
+    # d = 64, t = 65536, 8 heads: 268 MB of states. d = 128: D = 8704, and a state is 4.2 MB.
+    return 4096 if size > 64 and t >= 16384 else 1024
+
+
+# Staging: tiles of tokens a block takes, at most 48 KiB of shared memory with two results, so that four share a multiprocessor.
+STAGE_SPAN = 2
+# Moments: stages of the only ring.
+MOMENT_STAGES = 4
+
+
+def update(d: int, steps: int) -> Chunked:
+    """Row of the table for the update of a state from `steps` tiles; two warpgroups take turns, so an even number of stages."""
+    # 144 registers hold the sums of four features of d = 128, whose tiles leave shared memory for two stages.
+    return Chunked(
+        groups=2, stages=0, tile_stages=min(6 if d == 64 else 2, steps), consumer_registers=232, producer_registers=40
+    )
+
+
+def query(d: int) -> Chunked:
+    """Row of the table for y."""
+    if d == 64:
+        # Four share every state tile (PROBE: 681 TFLOP/s with four, 591 with two); two matrices of up to 64 rows a stage take
+        # half the steps of one.
+        return Chunked(groups=4, stages=3, tile_stages=3, consumer_registers=112, producer_registers=32, together=2)
+    return Chunked(groups=2, stages=2, tile_stages=2, consumer_registers=232, producer_registers=40)
+
+
+def gradient(d: int) -> Chunked:
+    """Row of the table for dq, and for dk and dv."""
+    if d == 64:
+        return Chunked(groups=2, stages=6, tile_stages=3, consumer_registers=232, producer_registers=40)
+    # A head of 128 leaves shared memory for one warpgroup, which then has registers for dk, dv, S and dP (192) and more.
+    return Chunked(groups=1, stages=2, tile_stages=2, consumer_registers=248, producer_registers=40)
 
 
 def check_smem(kernel: str, arrays: dict[str, tuple[tuple[int, ...], int]]) -> None:
