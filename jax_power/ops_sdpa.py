@@ -39,15 +39,28 @@ class Operands(NamedTuple):
     key_lengths: Array | None
 
 
+class Saved(NamedTuple):
+    """What an implementation keeps of out for its backward pass, beside the result.
+
+    Fields:
+      wide_out: out as it was computed, if that is wider than the result.
+      rest: what rounding out left over, if the implementation has it. dout·out, which the backward pass needs, is too coarse
+        from a rounded out where softmax is concentrated: q and k of standard deviation 8 then double the errors of dq and dk.
+    """
+
+    wide_out: Array | None
+    rest: Array | None
+
+
 class Residuals(NamedTuple):
     """What the backward pass needs: the operands, and of the forward pass lse and out, once, as it was computed.
 
-    That is `wide_out` if it was computed wider than the result. `bias_grad` is () if the bias has a gradient, else None.
+    Results have no out if `saved` has it. `bias_grad` is () if the bias has a gradient, else None.
     """
 
     operands: Operands
     results: tuple[Array | None, Array]
-    wide_out: Array | None
+    saved: Saved
     bias_grad: tuple[()] | None
 
 
@@ -62,15 +75,20 @@ def attention(plans: Plans, operands: Operands) -> tuple[Array, Array]:
     return run(plans, lambda plan, *operands: _attend(plan, *operands)[0], *operands)
 
 
-def _attend(plan: Plan, *operands: Array | None) -> tuple[tuple[Array, Array], Array | None]:
-    """The results, and out as it was computed if that is wider."""
+def _attend(plan: Plan, *operands: Array | None, residual: bool = False) -> tuple[tuple[Array, Array], Saved]:
+    """The results, and what to save of out; `rest` only if `residual` asks for it."""
     call, v = plan.call, operands[2]
-    out, lse = SDPA[plan.implementation].forward(call, *operands)
+    implementation = SDPA[plan.implementation]
+    options = {"residual": True} if residual and implementation.residual else {}
+    out, lse, *rest = implementation.forward(call, *operands, **options)
     takes_mean = _takes_mean(call, Operands(*operands), lse)
     if takes_mean is not None:
         mean = v.astype(jnp.promote_types(out.dtype, jnp.float32)).mean(1, keepdims=True).astype(out.dtype)
         out = jnp.where(takes_mean, jnp.repeat(mean, call.group, 2), out)
-    return (out.astype(v.dtype), lse), None if out.dtype == v.dtype else out
+    return (out.astype(v.dtype), lse), Saved(None if out.dtype == v.dtype else out, rest[0] if rest else None)
+
+
+_attend_and_keep = functools.partial(_attend, residual=True)
 
 
 def _forward(plans: Plans, operands: Any) -> tuple[tuple[Array, Array], Residuals]:
@@ -78,8 +96,8 @@ def _forward(plans: Plans, operands: Any) -> tuple[tuple[Array, Array], Residual
     # memory.
     bias_grad = () if operands.bias is not None and operands.bias.perturbed else None
     operands = Operands(*(None if x is None else x.value for x in operands))
-    (out, lse), wide_out = run_and_save(plans, _attend, *operands)
-    return (out, lse), Residuals(operands, (out if wide_out is None else None, lse), wide_out, bias_grad)
+    (out, lse), saved = run_and_save(plans, _attend_and_keep, *operands)
+    return (out, lse), Residuals(operands, (out if saved.wide_out is None else None, lse), saved, bias_grad)
 
 
 def _backward(plans: Plans, residuals: Residuals, grads: Any) -> tuple[Operands]:
@@ -88,14 +106,15 @@ def _backward(plans: Plans, residuals: Residuals, grads: Any) -> tuple[Operands]
     if isinstance(dout, SymbolicZero):
         dout = jnp.zeros(dout.shape, dout.dtype)
     differentiate = functools.partial(_gradients, bias_grad is not None)
-    return run_with_saved(plans, differentiate, _attend, tuple(kept), operands, dout)
+    return run_with_saved(plans, differentiate, _attend_and_keep, tuple(kept), operands, dout)
 
 
 def _gradients(bias_grad: bool, plan: Plan, kept: Any, operands: Operands, dout: Array) -> tuple[Operands]:
     call = dataclasses.replace(plan.call, bias_grad=bias_grad)
-    (out, lse), wide_out = kept
-    out = out if wide_out is None else wide_out
-    dq, dk, dv, dbias = SDPA[plan.implementation].backward(call, *operands, out, lse, dout)
+    (out, lse), saved = kept
+    out = out if saved.wide_out is None else saved.wide_out
+    rest = () if saved.rest is None else (saved.rest,)
+    dq, dk, dv, dbias = SDPA[plan.implementation].backward(call, *operands, out, lse, dout, *rest)
     takes_mean = _takes_mean(call, operands, lse)
     if takes_mean is not None:
         of_rows = jnp.where(takes_mean, dout, 0).sum(1, keepdims=True) / call.s

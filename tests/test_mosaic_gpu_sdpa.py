@@ -48,10 +48,12 @@ def check_lowers(case: cases_sdpa.SdpaCase, dtype: str) -> None:
     call = call_of(case, arrays, dtype)
     names = ("q", "k", "v", "bias", "mask", "query_lengths", "key_lengths")
     operands = [jax.ShapeDtypeStruct(arrays[x].shape, arrays[x].dtype) if x in arrays else None for x in names]
-    assert lower(functools.partial(sdpa.forward, call), *operands).count("custom_call @mosaic_gpu") == 1
+    forward = functools.partial(sdpa.forward, call, residual=True)
+    assert lower(forward, *operands).count("custom_call @mosaic_gpu") == 1
     call = dataclasses.replace(call, bias_grad="bias" in arrays)
-    out, lse = jax.eval_shape(functools.partial(sdpa.forward, call), *operands)
-    kernels = lower(functools.partial(sdpa.backward, call), *operands, out, lse, out).count("custom_call @mosaic_gpu")
+    out, lse, residual = jax.eval_shape(forward, *operands)
+    assert (residual.shape, residual.dtype) == (out.shape, out.dtype)
+    kernels = lower(functools.partial(sdpa.backward, call), *operands, out, lse, out, residual).count("custom_call @mosaic_gpu")
     assert kernels == 2 + (max(case.d, case.e) > 128) + (case.bias is not None and {"t", "s"} <= set(case.bias))
 
 

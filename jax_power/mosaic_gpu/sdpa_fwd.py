@@ -23,21 +23,37 @@ from jax_power.mosaic_gpu import compat, sdpa_tiles
 from jax_power.mosaic_gpu.sdpa_scores import LOG2_E, ROW, ROWS, WGMMA, Accumulator, Extra, Extras, Visible, item, walk
 
 
+def residual_scale(dtype: Any) -> float:
+    """What the residual of the output is multiplied by: float16's small numbers have few digits."""
+    return 2048.0 if dtype == jnp.float16 else 1.0
+
+
 def forward(
-    call: SdpaCall, tiles: sdpa_tiles.Forward, q: Array, k: Array, v: Array, extras: Sequence[Extra], lengths: Sequence[Array]
-) -> tuple[Array, Array]:
-    """Output in the shape `[*q.shape[:3], e]` and log-sum-exp `[b, h_q, ·]`, both padded behind the last query."""
+    call: SdpaCall,
+    tiles: sdpa_tiles.Forward,
+    q: Array,
+    k: Array,
+    v: Array,
+    extras: Sequence[Extra],
+    lengths: Sequence[Array],
+    *,
+    residual: bool,
+) -> tuple[Array, ...]:
+    """Output in the shape `[*q.shape[:3], e]` and log-sum-exp `[b, h_q, ·]`, both padded behind the last query.
+
+    With `residual`, also what rounding the output left over, times `residual_scale`, in the output's shape and dtype.
+    """
     d, e, dtype = q.shape[-1], v.shape[-1], q.dtype
     rows, width, ring = tiles.groups * ROWS, tiles.width, tiles.stages
     row_blocks = -(-call.t // rows)
     # Scores become exponents by one fused multiply-add, unless something is added to them first.
     factor = 1.0 if extras else call.scale * LOG2_E
-    operands = list(extras)
+    operands, count = list(extras), len(lengths)
 
     def body(*refs: Any) -> None:
         q_gmem, k_gmem, v_gmem, *rest = refs
         extras = Extras(operands, rest[: len(operands)])
-        *lengths, out_gmem, lse_gmem = rest[len(operands) :]
+        lengths, (out_gmem, lse_gmem, *rest_gmem) = rest[len(operands) :][:count], rest[len(operands) + count :]
         batch, head, block = item(call.b, call.h_q, row_blocks, last_first=True)
         kv_head = lax.div(head, jnp.int32(call.group))
         visible = Visible.of(call, batch, lengths, width)
@@ -150,11 +166,18 @@ def forward(
                 empty = total == 0.0
                 inverse = jnp.where(empty, 0.0, 1.0 / total)
                 out_ref = q_smem if out_smem is None else out_smem
-                out_ref[group] = (acc * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(dtype)
+                exact = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
+                out_ref[group] = exact.astype(dtype)
                 lse_smem[group] = jnp.where(empty, -jnp.inf, top * (1 / LOG2_E) + jnp.log(total))
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_ref.at[group], out_gmem.at[batch, own_at, head])
                 plgpu.copy_smem_to_gmem(lse_smem.at[group], lse_gmem.at[batch, head, own_at])
+                if residual:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    left_over = (exact - exact.astype(dtype).astype(jnp.float32)) * residual_scale(dtype)
+                    out_ref[group] = left_over.astype(dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(out_ref.at[group], rest_gmem[0].at[batch, own_at, head])
                 plgpu.wait_smem_to_gmem(0)
 
         tile_extras = Extras.tiles(operands, ring, rows, width)
@@ -175,11 +198,13 @@ def forward(
             collective_axes="group",
         )
 
+    out = jax.ShapeDtypeStruct((*q.shape[:3], e), dtype)
     return compat.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((*q.shape[:3], e), dtype),
+            out,
             jax.ShapeDtypeStruct((call.b, call.h_q, row_blocks * rows), jnp.float32),
+            *([out] if residual else []),
         ),
         grid=(row_blocks * call.b * call.h_q,),
         grid_names=("item",),
