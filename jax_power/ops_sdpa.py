@@ -13,11 +13,15 @@ from jax.custom_derivatives import SymbolicZero
 
 from bridge import spec
 from bridge.spec_sdpa import SdpaCall
+from jax_power import mosaic_gpu
 from jax_power.platforms import Plan, Plans, run, run_and_save, run_with_saved
 from jax_power.xla import sdpa, sdpa_reference
 
 # Best first: the first that supports a call serves it unless one is named.
 SDPA: dict[str, spec.Implementation] = {
+    "mosaic_gpu": spec.Implementation(
+        mosaic_gpu.sdpa.forward, mosaic_gpu.sdpa.backward, mosaic_gpu.sdpa.supports, wide_output=False, residual=True
+    ),
     "xla": spec.Implementation(sdpa.forward, sdpa.backward, sdpa.supports),
     "reference": spec.Implementation(sdpa_reference.forward, sdpa_reference.backward, sdpa_reference.supports),
 }
@@ -63,6 +67,11 @@ class Residuals(NamedTuple):
     saved: Saved
     bias_grad: tuple[()] | None
 
+    @staticmethod
+    def of(operands: Operands, results: tuple[Array, Array], saved: Saved, bias_grad: tuple[()] | None) -> Residuals:
+        out, lse = results
+        return Residuals(operands, (out if saved.wide_out is None else None, lse), saved, bias_grad)
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attention(plans: Plans, operands: Operands) -> tuple[Array, Array]:
@@ -96,20 +105,31 @@ def _forward(plans: Plans, operands: Any) -> tuple[tuple[Array, Array], Residual
     # memory.
     bias_grad = () if operands.bias is not None and operands.bias.perturbed else None
     operands = Operands(*(None if x is None else x.value for x in operands))
-    (out, lse), saved = run_and_save(plans, _attend_and_keep, *operands)
-    return (out, lse), Residuals(operands, (out if saved.wide_out is None else None, lse), saved, bias_grad)
+    results, saved = (_attend_and_save if _portable(plans) else _attend_and_save_once)(plans, operands)
+    return results, Residuals.of(operands, results, saved, bias_grad)
 
 
 def _backward(plans: Plans, residuals: Residuals, grads: Any) -> tuple[Operands]:
-    operands, *kept, bias_grad = residuals
     dout = grads[0]
     if isinstance(dout, SymbolicZero):
         dout = jnp.zeros(dout.shape, dout.dtype)
-    differentiate = functools.partial(_gradients, bias_grad is not None)
+    return ((_gradients if _portable(plans) else _gradients_once)(plans, residuals, dout),)
+
+
+attention.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _attend_and_save(plans: Plans, operands: Operands) -> tuple[tuple[Array, Array], Saved]:
+    return run_and_save(plans, _attend_and_keep, *operands)
+
+
+def _gradients(plans: Plans, residuals: Residuals, dout: Array) -> Operands:
+    operands, *kept, bias_grad = residuals
+    differentiate = functools.partial(_differentiate, bias_grad is not None)
     return run_with_saved(plans, differentiate, _attend_and_keep, tuple(kept), operands, dout)
 
 
-def _gradients(bias_grad: bool, plan: Plan, kept: Any, operands: Operands, dout: Array) -> tuple[Operands]:
+def _differentiate(bias_grad: bool, plan: Plan, kept: Any, operands: Operands, dout: Array) -> Operands:
     call = dataclasses.replace(plan.call, bias_grad=bias_grad)
     (out, lse), saved = kept
     out = out if saved.wide_out is None else saved.wide_out
@@ -121,7 +141,7 @@ def _gradients(bias_grad: bool, plan: Plan, kept: Any, operands: Operands, dout:
         dv += of_rows.reshape(call.b, 1, call.h_kv, call.group, call.e).sum(3)
     grads = zip((dq, dk, dv, dbias), operands[:4], strict=True)
     dq, dk, dv, dbias = (None if dx is None else dx.astype(x.dtype) for dx, x in grads)
-    return (Operands(dq, dk, dv, dbias, None, None, None),)
+    return Operands(dq, dk, dv, dbias, None, None, None)
 
 
 def _takes_mean(call: SdpaCall, operands: Operands, lse: Array) -> Array | None:
@@ -134,4 +154,58 @@ def _takes_mean(call: SdpaCall, operands: Operands, lse: Array) -> Array | None:
     return takes_mean
 
 
-attention.defvjp(_forward, _backward, symbolic_zeros=True)
+# ---------------------------------------------------------------------------------------------------------------------
+# Second derivatives
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The passes of the implementations below are JAX, which can differentiate them again. Kernels cannot be differentiated: both of
+# their passes have the derivatives of the portable implementation, equal to rounding, if it was among those to choose from. They
+# are rules for tangents, as xla's loops over the tiles that a causal mask leaves have no reverse mode: so what works with
+# xla alone (`jax.hessian`, say) works with a choice that was left open.
+_PORTABLE = ("xla", "reference")
+
+_attend_and_save_once = jax.custom_jvp(_attend_and_save, nondiff_argnums=(0,))
+_gradients_once = jax.custom_jvp(_gradients, nondiff_argnums=(0,))
+
+
+def _portable(plans: Plans) -> bool:
+    return plans.here.implementation in _PORTABLE and plans.elsewhere is None
+
+
+def _portable_alone(plans: Plans) -> Plans:
+    plan = next((plan for plan in (plans.here, plans.elsewhere) if plan is not None and plan.implementation in _PORTABLE), None)
+    if plan is None:
+        raise NotImplementedError(
+            f"dot_product_attention: second derivatives are not implemented by implementation={plans.here.implementation!r}; "
+            "implementation='xla' would work"
+        )
+    return Plans(plan, None, plans.here_is_cuda)
+
+
+@_attend_and_save_once.defjvp
+def _attend_and_save_tangents(plans: Plans, primals: tuple[Operands], tangents: tuple[Operands]) -> tuple[Any, Any]:
+    alone = _portable_alone(plans)
+    results, saved = _attend_and_save_once(plans, *primals)
+    (dout, dlse), _ = _tangents(lambda operands: _attend_and_save(alone, operands), primals[0], tangents[0])
+    return (results, saved), ((dout, dlse), jax.tree.map(jnp.zeros_like, saved))  # `_gradients_tangents` needs no saved
+
+
+@_gradients_once.defjvp
+def _gradients_tangents(plans: Plans, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Operands, Operands]:
+    alone = _portable_alone(plans)
+
+    def gradients(operands: Operands, dout: Array) -> Operands:
+        return _gradients(alone, Residuals.of(operands, *_attend_and_save(alone, operands), primals[0].bias_grad), dout)
+
+    moved = _tangents(gradients, primals[0].operands, tangents[0].operands, (primals[1], tangents[1]))
+    return _gradients_once(plans, *primals), moved
+
+
+def _tangents(function: Any, operands: Operands, moves: Operands, *more: tuple[Array, Array]) -> Any:
+    """The tangents of `function(operands, …)`; a mask and lengths have none."""
+
+    def of_floats(floats: tuple[Array | None, ...], *rest: Array) -> Any:
+        return function(Operands(*floats, *operands[4:]), *rest)
+
+    rest, rest_moves = zip(*more, strict=True) if more else ((), ())
+    return jax.jvp(of_floats, (operands[:4], *rest), (moves[:4], *rest_moves))[1]

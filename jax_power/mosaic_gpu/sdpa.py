@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bridge import spec
 from bridge.spec_sdpa import SdpaCall
 from jax_power import platforms
 from jax_power.mosaic_gpu import sdpa_bias, sdpa_bwd, sdpa_fwd, sdpa_tiles
@@ -39,6 +40,7 @@ def supports(call: SdpaCall, device: str) -> str | None:
     return "dropout_p > 0 is not implemented" if call.dropout_p > 0 else None
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames="residual")  # outside of a program, traced only once
 def forward(
     call: SdpaCall,
     q: Array,
@@ -69,6 +71,7 @@ def forward(
     return out, lse[..., : call.t], *rest
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def backward(
     call: SdpaCall,
     q: Array,
@@ -167,9 +170,3 @@ def _score_tiles(extras: Sequence[Extra]) -> int:
 def _summed(x: Array, shape: tuple[int, ...] | None) -> Array:
     """x summed over the axes that have size 1 in `shape`."""
     return x.sum(tuple(axis for axis, n in enumerate(shape or ()) if n == 1), keepdims=True)
-
-
-# Not in `ops_sdpa.SDPA` yet: without the residual, q and k of standard deviation 8 gave dq and dk 1.9 to 2.2 times over their
-# bounds on an H100, and one shape of the tests dk at 4.0e-3 where 3.7e-3 is allowed; with it, nothing has run on a GPU. Tests
-# and benchmarks on a GPU put it there.
-IMPLEMENTATION = spec.Implementation(forward, backward, supports, wide_output=False, residual=True)

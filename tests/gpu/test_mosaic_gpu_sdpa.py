@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 
 from bridge import cases, cases_sdpa
-from jax_power import ops_sdpa
-from jax_power.mosaic_gpu import sdpa
 from jax_power.sdpa import dot_product_attention
 
 
@@ -72,7 +70,6 @@ def results(case, arrays, function) -> dict[str, np.ndarray]:
     return {name: np.asarray(x) for name, x in zip(("y", "dq", "dk", "dv", "dbias"), found, strict=False)}
 
 
-ops_sdpa.SDPA["mosaic_gpu"] = sdpa.IMPLEMENTATION
 ours = functools.partial(dot_product_attention, implementation="mosaic_gpu")
 
 
