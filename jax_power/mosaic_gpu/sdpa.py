@@ -20,7 +20,7 @@ LENGTH_STEP, HEAD_STEP = 8, 64
 # Numbers of each query or key that kernels read without TMA's bounds: up to the least common multiple of all tiles' rows.
 VECTOR_STEP = 384
 # Head sizes past this have rows in the tile table, but have not run on a GPU; nor have tiles of scores past the second.
-MAX_HEAD, MAX_SCORE_TILE_HEAD = 128, 64
+MAX_HEAD, MAX_SCORE_TILE_HEAD = 256, 256
 
 
 def supports(call: SdpaCall, device: str) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 # Registers of a consumer's and of the loading warpgroup's threads: all 65536 of a multiprocessor, given out in steps of 8.
-TWO_CONSUMERS, THREE_CONSUMERS = (232, 40), (160, 32)
+TWO_CONSUMERS, THREE_CONSUMERS = (240, 24), (160, 32)
 
 
 class Forward(NamedTuple):
@@ -25,13 +25,15 @@ class Forward(NamedTuple):
 class Backward(NamedTuple):
     """`groups` consumer warpgroups of 64 rows against `stages` tiles of `width` of the other side.
 
-    One stage: a tile's last products are waited for before the next is loaded.
+    One stage: a tile's last products are waited for before the next is loaded. `overlap`: the kernel of dk and dv computes dP
+    under the exponentials of S; dq's always does.
     """
 
     groups: int
     width: int
     stages: int
     registers: tuple[int, int] | None
+    overlap: bool = False
 
 
 def forward(d: int, e: int, score_tiles: int) -> Forward:
@@ -66,7 +68,8 @@ def gradient_bias(d: int, e: int) -> Backward:
 
 def _backward(size: int, score_tiles: int) -> Backward:
     if size <= 64:
-        return Backward(2, 64, 2 if score_tiles else 4, TWO_CONSUMERS)
+        return Backward(2, 64, 2 if score_tiles else 4, TWO_CONSUMERS, overlap=True)
+    # Sums of 128 columns leave no registers for a dP in flight: ptxas would serialise the products (C7512).
     if size <= 128:
         return Backward(2, 64, 1 if score_tiles else 2, TWO_CONSUMERS)
     # The operands that stay take 64 KiB a warpgroup, a stage of the others as much.
