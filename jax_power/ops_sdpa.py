@@ -158,10 +158,10 @@ def _takes_mean(call: SdpaCall, operands: Operands, lse: Array) -> Array | None:
 # Second derivatives
 # ---------------------------------------------------------------------------------------------------------------------
 
-# The passes of the implementations below are JAX, which can differentiate them again. Kernels cannot be differentiated: both of
-# their passes have the derivatives of the portable implementation, equal to rounding, if it was among those to choose from. They
-# are rules for tangents, as xla's loops over the tiles that a causal mask leaves have no reverse mode: so what works with
-# xla alone (`jax.hessian`, say) works with a choice that was left open.
+# The passes of the implementations below are JAX, which can differentiate them again. Kernels cannot be differentiated: the
+# derivatives of both of their passes are those of the portable implementation, equal to rounding, if it was among those to
+# choose from. They are rules for tangents, as xla's loops over the tiles that a causal mask leaves have no reverse mode:
+# what works with xla alone (`jax.hessian`, say) works with a choice that was left open.
 _PORTABLE = ("xla", "reference")
 
 _attend_and_save_once = jax.custom_jvp(_attend_and_save, nondiff_argnums=(0,))
@@ -205,7 +205,7 @@ def _tangents(function: Any, operands: Operands, moves: Operands, *more: tuple[A
     """The tangents of `function(operands, …)`; a mask and lengths have none."""
 
     def of_floats(floats: tuple[Array | None, ...], *rest: Array) -> Any:
-        return function(Operands(*floats, *operands[4:]), *rest)
+        return function(operands._replace(**dict(zip(Operands._fields, floats, strict=False))), *rest)
 
     rest, rest_moves = zip(*more, strict=True) if more else ((), ())
     return jax.jvp(of_floats, (operands[:4], *rest), (moves[:4], *rest_moves))[1]

@@ -19,8 +19,8 @@ from jax_power.mosaic_gpu.sdpa_scores import Extra, padded
 LENGTH_STEP, HEAD_STEP = 8, 64
 # Numbers of each query or key that kernels read without TMA's bounds: up to the least common multiple of all tiles' rows.
 VECTOR_STEP = 384
-# Head sizes past this have rows in the tile table, but have not run on a GPU; nor have tiles of scores past the second.
-MAX_HEAD, MAX_SCORE_TILE_HEAD = 256, 256
+# The tile table's last row.
+MAX_HEAD = 256
 
 
 def supports(call: SdpaCall, device: str) -> str | None:
@@ -30,13 +30,10 @@ def supports(call: SdpaCall, device: str) -> str | None:
     if (reason := platforms.not_hopper()) is not None:
         return reason
     if call.dtype not in ("float16", "bfloat16"):
-        return f"query dtype {call.dtype}: the kernels take bfloat16 or float16"
-    for name, size in (("query and key", call.d), ("value", call.e)):
+        return f"dtype {call.dtype}: the kernels take bfloat16 and float16"
+    for name, size in (("d", call.d), ("e", call.e)):
         if not 1 <= size <= MAX_HEAD:
-            return f"{name} head size {size}: the kernels take 1 to {MAX_HEAD}"
-    for name, shape in (("bias", call.bias), ("mask", call.mask)):
-        if shape is not None and min(shape[2:]) > 1 and max(call.d, call.e) > MAX_SCORE_TILE_HEAD:
-            return f"{name} shape {shape}: one that varies with queries and keys takes head sizes up to {MAX_SCORE_TILE_HEAD}"
+            return f"head size {name}={size}: the kernels take 1 to {MAX_HEAD}"
     return "dropout_p > 0 is not implemented" if call.dropout_p > 0 else None
 
 

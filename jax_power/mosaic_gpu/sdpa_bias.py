@@ -101,7 +101,8 @@ def gradient_bias(call: SdpaCall, tiles: sdpa_tiles.Backward, operands: Operands
     smem |= {"extras": tiled, "dbias": plgpu.SMEM((tiles.groups, ROWS, width), bias.dtype)}
     (dbias,) = sdpa_block.launch(
         gradient_of_the_bias, tiles, smem,
-        grid={"item": row_blocks * bias.shape[0] * bias.shape[1], "col": col_blocks},
+        # The last axis may be long: 2^31 blocks, of the others 65535.
+        grid={"col": col_blocks, "item": row_blocks * bias.shape[0] * bias.shape[1]},
         out_type=[jax.ShapeDtypeStruct(bias.shape, bias.dtype)], operands=operands.arrays(),
     )  # fmt: skip
     return dbias
