@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from bridge.spec_sdpa import SdpaCall
 from jax_power import platforms
@@ -95,7 +95,8 @@ def backward(
     exact = out.astype(jnp.float32)
     if residual is not None:
         exact += residual.astype(jnp.float32) / sdpa_fwd.residual_scale(residual.dtype)
-    delta = (dout.astype(jnp.float32) * exact).sum(-1).swapaxes(1, 2)
+    # A kernel of its own: fused with what follows, XLA sums each row in one thread, seven times slower than memory allows.
+    delta = lax.optimization_barrier((dout.astype(jnp.float32) * exact).sum(-1)).swapaxes(1, 2)
     start = jnp.where(lse == -jnp.inf, -jnp.inf, lse / -call.scale)
     behind = [(0, 0), (0, 0), (0, -call.t % VECTOR_STEP)]
     stats = jnp.stack([jnp.pad(start, behind, constant_values=-jnp.inf), jnp.pad(-delta, behind)], 2)

@@ -51,7 +51,13 @@ def forward(d: int, e: int, score_tiles: int) -> Forward:
 
 def gradient_q(d: int, e: int, score_tiles: int) -> Backward:
     """dq's row: S, dP and dQ are 32 + 32 + d/2 registers."""
-    return _backward(max(d, e), score_tiles)
+    size = max(d, e)
+    if size <= 64 and not score_tiles:
+        # Three warpgroups 611 and 640 TFLOP/s (t = 2048 full, 16384 causal), two 558 and 620, two with 128 keys 567 and 643.
+        return Backward(3, 64, 4, THREE_CONSUMERS)
+    if size <= 128 and not score_tiles:
+        return Backward(2, 64, 3, TWO_CONSUMERS)  # two stages: 546 and 685 TFLOP/s for 626 and 734
+    return _backward(size, score_tiles)
 
 
 def gradient_kv(d: int, e: int, score_tiles: int) -> Backward:
