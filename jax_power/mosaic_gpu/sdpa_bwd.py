@@ -5,7 +5,7 @@
 `gradient_q`: a consumer warpgroup holds 64 queries and walks over tiles of keys. `gradient_kv`: it holds 64 keys, computes Sᵀ
 and dPᵀ, and walks over tiles of queries, for every query head that reads its key-value head. In both the last warpgroup loads
 by TMA into a ring, P and dS go back to the matrix units from registers, and a tile's last products run while the first ones of
-the next tile are issued. The accumulators of S and dP start at −L and −δ instead of 0, which saves both subtractions.
+the next tile are issued. Accumulators of S and dP that start at −L and −δ instead of 0 save both subtractions.
 Memory: the operands that stay, (d + e) · 2 bytes · 64 · groups, their gradients in the same place; a ring of the others.
 """
 
@@ -195,21 +195,28 @@ def gradient_kv(
                 slot = q_ring.slot(n)
                 q_ring.await_full(n)
 
-                def start(acc, which):
+                def statistic(which):
+                    """−L / scale or −δ of the tile's queries, one for each column."""
                     numbers = compat.load(smem["stats"].at[slot, which], COL)
-                    attention_common.start(acc, lax.broadcast_in_dim(numbers, (ROWS, width), [1]))
+                    return lax.broadcast_in_dim(numbers, (ROWS, width), [1])
 
-                def multiply_slopes(dp_acc):
-                    start(dp_acc, 1)
-                    plgpu.wgmma(dp_acc, smem["v"].at[group], smem["dout"].at[slot].T)
+                def multiply(acc, which):
+                    own, stream = (smem["k"], smem["q"]) if which == 0 else (smem["v"], smem["dout"])
+                    if not tiles.overlap:
+                        attention_common.start(acc, statistic(which))
+                    plgpu.wgmma(acc, own.at[group], stream.at[slot].T)
+
+                def await_product(acc, which, in_flight):
+                    """S − L / scale or dP − δ, while as many products as `in_flight` that were issued later go on."""
+                    product = plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
+                    return product + statistic(which) if tiles.overlap else product
 
                 def products(s_acc, *dp_acc):
-                    start(s_acc, 0)
-                    plgpu.wgmma(s_acc, smem["k"].at[group], smem["q"].at[slot].T)
-                    early = dp_acc if tiles.overlap else ()
+                    early, late = (dp_acc, ()) if tiles.overlap else ((), dp_acc)
+                    multiply(s_acc, 0)
                     for acc in early:
-                        multiply_slopes(acc)
-                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=len(early)) * (call.scale * LOG2_E)
+                        multiply(acc, 1)
+                    s = await_product(s_acc, 0, len(early)) * (call.scale * LOG2_E)
                     # S is there, so the sums of the tile before, which were issued earlier, are too.
                     if ring > 1:
                         sdpa_block.release_loaded(q_ring, n - 1)
@@ -218,11 +225,11 @@ def gradient_kv(
                     seen = visible.mask(i * width, own_col, p.shape, keys_first=True) if masked else None
                     if seen is not None:
                         p = jnp.where(seen, p, 0.0)
-                    for acc in dp_acc[len(early) :]:
-                        multiply_slopes(acc)
+                    for acc in late:
+                        multiply(acc, 1)
                     if "v" in wanted:
                         plgpu.wgmma(accs["v"], p.astype(dtype), smem["dout"].at[slot])
-                    return [p * plgpu.wgmma_accumulator_load(acc, wait_n=len(wanted) - 1) for acc in dp_acc]
+                    return [p * await_product(acc, 1, len(wanted) - 1) for acc in dp_acc]
 
                 tile = Accumulator((ROWS, width), jnp.float32)
                 for ds in pl.run_scoped(products, tile, *([tile] if "k" in wanted else [])):
