@@ -13,7 +13,7 @@ from jax import Array, lax
 from bridge.spec_sdpa import SdpaCall
 from jax_power import platforms
 from jax_power.mosaic_gpu import sdpa_bias, sdpa_bwd, sdpa_fwd, sdpa_tiles
-from jax_power.mosaic_gpu.sdpa_scores import Extra, padded
+from jax_power.mosaic_gpu.sdpa_scores import LOG2_E, Extra, padded
 
 # TMA takes sequences in units of 8 (the rows of a swizzled tile) and head sizes in units of 64 (its 128 bytes).
 LENGTH_STEP, HEAD_STEP = 8, 64
@@ -97,9 +97,10 @@ def backward(
         exact += residual.astype(jnp.float32) / sdpa_fwd.residual_scale(residual.dtype)
     # A kernel of its own: fused with what follows, XLA sums each row in one thread, seven times slower than memory allows.
     delta = lax.optimization_barrier((dout.astype(jnp.float32) * exact).sum(-1)).swapaxes(1, 2)
-    start = jnp.where(lse == -jnp.inf, -jnp.inf, lse / -call.scale)
+    # The weights of a row that saw no key are exp(S − ∞), not exp(S + ∞).
+    lse = jnp.where(lse == -jnp.inf, -jnp.inf, -LOG2_E * lse)
     behind = [(0, 0), (0, 0), (0, -call.t % VECTOR_STEP)]
-    stats = jnp.stack([jnp.pad(start, behind, constant_values=-jnp.inf), jnp.pad(-delta, behind)], 2)
+    stats = jnp.stack([jnp.pad(lse, behind, constant_values=-jnp.inf), jnp.pad(-delta, behind)], 2)
     lengths = [x for x in (query_lengths, key_lengths) if x is not None]
     q, k, v, dout = (_for_tma(x) for x in (q, k, v, dout))
     operands = sdpa_bwd.Operands(q, k, v, dout, stats, _extras(call, bias, mask), lengths)

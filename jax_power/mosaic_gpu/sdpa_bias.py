@@ -68,15 +68,15 @@ def gradient_bias(call: SdpaCall, tiles: sdpa_tiles.Backward, operands: Operands
                 slot = ring.slot(n)
                 visible = Visible.of(call, batch, lengths, width)
                 row_extras = extras.rows(batch, head, own_at)
-                starts = [compat.load(stats_gmem.at[batch, head, m, own_at], ROW, optimized=False) for m in (0, 1)]
+                stats = [compat.load(stats_gmem.at[batch, head, m, own_at], ROW, optimized=False) for m in (0, 1)]
+                lse, delta = (lax.broadcast_in_dim(x, (ROWS, width), [0]) for x in stats)
                 ring.await_full(n)
 
                 def products(s_acc, dp_acc):
-                    for acc, numbers in zip((s_acc, dp_acc), starts, strict=True):
-                        attention_common.start(acc, lax.broadcast_in_dim(numbers, (ROWS, width), [0]))
+                    attention_common.start(dp_acc, delta)
                     plgpu.wgmma(s_acc, smem["q"].at[slot, part], smem["k"].at[slot].T)
                     plgpu.wgmma(dp_acc, smem["dout"].at[slot, part], smem["v"].at[slot].T)
-                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1) * (call.scale * LOG2_E)
+                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1) * (call.scale * LOG2_E) + lse
                     own_tiles = [x.at[slot, part] for x in smem["extras"]]
                     p = jnp.exp2(extras.add(s, batch, head, row_extras, keys_at, own_tiles))
                     seen = visible.mask(own_row, col, p.shape)

@@ -5,7 +5,7 @@
 `gradient_q`: a consumer warpgroup holds 64 queries and walks over tiles of keys. `gradient_kv`: it holds 64 keys, computes Sᵀ
 and dPᵀ, and walks over tiles of queries, for every query head that reads its key-value head. In both the last warpgroup loads
 by TMA into a ring, P and dS go back to the matrix units from registers, and a tile's last products run while the first ones of
-the next tile are issued. Accumulators of S and dP that start at −L and −δ instead of 0 save both subtractions.
+the next tile are issued. −L is added where the scale is multiplied; an accumulator of dP that starts at −δ saves an addition.
 Memory: the operands that stay, (d + e) · 2 bytes · 64 · groups, their gradients in the same place; a ring of the others.
 """
 
@@ -31,7 +31,7 @@ from jax_power.mosaic_gpu.tiles import ROWS
 class Operands(NamedTuple):
     """What both kernels read. q, dout `[b, t, h_q, ·]`, k, v `[b, s, h_kv, ·]`, lengths padded to 8, sizes to 64.
 
-    stats `[b, h_q, 2, ·]`: where the accumulators of a query's S and dP start, −L / scale and −δ; −∞ and 0 behind the end.
+    stats `[b, h_q, 2, ·]`: what is added to a query's S, in base 2, and to its dP, −L and −δ; −∞ and 0 behind the end.
     extras: additive operands; lengths: int32 `[b]` of queries and keys, those that the call has.
     """
 
@@ -58,6 +58,7 @@ def gradient_q(call: SdpaCall, tiles: sdpa_tiles.Backward, operands: Operands, *
     d, e, dtype = q.shape[-1], v.shape[-1], q.dtype
     rows, width, ring = tiles.groups * ROWS, tiles.width, tiles.stages
     row_blocks = -(-call.t // rows)
+    factor = call.scale * LOG2_E
 
     def gradient_of_queries(gmem: Sequence[Any], smem: sdpa_block.Smem) -> None:
         (q_gmem, k_gmem, v_gmem, dout_gmem, stats_gmem), extras, lengths, (dq_gmem, *sums_gmem) = operands.split(gmem)
@@ -81,7 +82,8 @@ def gradient_q(call: SdpaCall, tiles: sdpa_tiles.Backward, operands: Operands, *
             own_at = pl.ds(own_row, ROWS)
             own = {"q": q_gmem.at[batch, own_at, head], "dout": dout_gmem.at[batch, own_at, head]}
             sdpa_block.load_own(smem, group, own)
-            starts = [compat.load(stats_gmem.at[batch, head, n, own_at], ROW, optimized=False) for n in (0, 1)]
+            stats = [compat.load(stats_gmem.at[batch, head, n, own_at], ROW, optimized=False) for n in (0, 1)]
+            lse, delta = (lax.broadcast_in_dim(x, (ROWS, width), [0]) for x in stats)
             row_extras = extras.rows(batch, head, own_at)
             sdpa_block.await_own(smem, group)
             own_q, own_dout = smem["q"].at[group], smem["dout"].at[group]
@@ -92,12 +94,11 @@ def gradient_q(call: SdpaCall, tiles: sdpa_tiles.Backward, operands: Operands, *
                 k_ring.await_full(n)
 
                 def products(s_acc, dp_acc):
-                    for acc, numbers in zip((s_acc, dp_acc), starts, strict=True):
-                        attention_common.start(acc, lax.broadcast_in_dim(numbers, (ROWS, width), [0]))
+                    attention_common.start(dp_acc, delta)
                     plgpu.wgmma(s_acc, own_q, smem["k"].at[slot].T)
                     v_ring.await_full(n)
                     plgpu.wgmma(dp_acc, own_dout, smem["v"].at[slot].T)
-                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1) * (call.scale * LOG2_E)
+                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1) * factor + lse
                     # S is there, so dQ of the tile before, which was issued earlier, is too.
                     own_tiles = [x.at[slot, pl.ds(group * ROWS, ROWS)] for x in smem["extras"]]
                     if ring > 1:
@@ -154,6 +155,7 @@ def gradient_kv(
     d, e, dtype = q.shape[-1], v.shape[-1], q.dtype
     cols, width, ring = tiles.groups * ROWS, tiles.width, tiles.stages
     col_blocks = -(-call.s // cols)
+    factor = call.scale * LOG2_E
 
     def gradient_of_keys(gmem: Sequence[Any], smem: sdpa_block.Smem) -> None:
         (q_gmem, k_gmem, v_gmem, dout_gmem, stats_gmem), extras, lengths, outs = operands.split(gmem)
@@ -196,27 +198,25 @@ def gradient_kv(
                 q_ring.await_full(n)
 
                 def statistic(which):
-                    """−L / scale or −δ of the tile's queries, one for each column."""
+                    """−L in base 2 or −δ of the tile's queries, one for each column."""
                     numbers = compat.load(smem["stats"].at[slot, which], COL)
                     return lax.broadcast_in_dim(numbers, (ROWS, width), [1])
 
-                def multiply(acc, which):
-                    own, stream = (smem["k"], smem["q"]) if which == 0 else (smem["v"], smem["dout"])
+                def multiply_slopes(dp_acc):
                     if not tiles.overlap:
-                        attention_common.start(acc, statistic(which))
-                    plgpu.wgmma(acc, own.at[group], stream.at[slot].T)
+                        attention_common.start(dp_acc, statistic(1))
+                    plgpu.wgmma(dp_acc, smem["v"].at[group], smem["dout"].at[slot].T)
 
-                def await_product(acc, which, in_flight):
-                    """S − L / scale or dP − δ, while as many products as `in_flight` that were issued later go on."""
-                    product = plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
-                    return product + statistic(which) if tiles.overlap else product
+                def await_slopes(dp_acc):
+                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=len(wanted) - 1)
+                    return dp + statistic(1) if tiles.overlap else dp
 
                 def products(s_acc, *dp_acc):
                     early, late = (dp_acc, ()) if tiles.overlap else ((), dp_acc)
-                    multiply(s_acc, 0)
+                    plgpu.wgmma(s_acc, smem["k"].at[group], smem["q"].at[slot].T)
                     for acc in early:
-                        multiply(acc, 1)
-                    s = await_product(s_acc, 0, len(early)) * (call.scale * LOG2_E)
+                        multiply_slopes(acc)
+                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=len(early)) * factor + statistic(0)
                     # S is there, so the sums of the tile before, which were issued earlier, are too.
                     if ring > 1:
                         sdpa_block.release_loaded(q_ring, n - 1)
@@ -226,10 +226,10 @@ def gradient_kv(
                     if seen is not None:
                         p = jnp.where(seen, p, 0.0)
                     for acc in late:
-                        multiply(acc, 1)
+                        multiply_slopes(acc)
                     if "v" in wanted:
                         plgpu.wgmma(accs["v"], p.astype(dtype), smem["dout"].at[slot])
-                    return [p * await_product(acc, 1, len(wanted) - 1) for acc in dp_acc]
+                    return [p * await_slopes(acc) for acc in dp_acc]
 
                 tile = Accumulator((ROWS, width), jnp.float32)
                 for ds in pl.run_scoped(products, tile, *([tile] if "k" in wanted else [])):

@@ -26,8 +26,8 @@ class Backward(NamedTuple):
     """`groups` consumer warpgroups of 64 rows against `stages` tiles of `width` of the other side.
 
     One stage: a tile's last products are waited for before the next is loaded. `overlap`: the kernel of dk and dv computes dP
-    under the exponentials of S, and subtracts from both afterwards: to start their accumulators from numbers that were just
-    loaded, ptxas waits for the sums of the tile before (C7517). The kernel of dq always overlaps, and has them in registers.
+    under the exponentials of S, and adds −δ to it afterwards: to start its accumulator from numbers that were just loaded,
+    ptxas would wait for S (C7517). The kernel of dq always overlaps, and has −δ in registers.
     """
 
     groups: int
