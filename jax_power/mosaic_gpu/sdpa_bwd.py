@@ -202,22 +202,10 @@ def gradient_kv(
                     numbers = compat.load(smem["stats"].at[slot, which], COL)
                     return lax.broadcast_in_dim(numbers, (ROWS, width), [1])
 
-                def multiply_slopes(dp_acc):
-                    if not tiles.overlap:
-                        attention_common.start(dp_acc, statistic(1))
-                    plgpu.wgmma(dp_acc, smem["v"].at[group], smem["dout"].at[slot].T)
-
-                def await_slopes(dp_acc):
-                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=len(wanted) - 1)
-                    return dp + statistic(1) if tiles.overlap else dp
-
                 def products(s_acc, *dp_acc):
-                    early, late = (dp_acc, ()) if tiles.overlap else ((), dp_acc)
                     plgpu.wgmma(s_acc, smem["k"].at[group], smem["q"].at[slot].T)
-                    for acc in early:
-                        multiply_slopes(acc)
-                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=len(early)) * factor + statistic(0)
-                    # S is there, so the sums of the tile before, which were issued earlier, are too.
+                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=0) * factor + statistic(0)
+                    # All products have been waited for, so the tile before is done with.
                     if ring > 1:
                         sdpa_block.release_loaded(q_ring, n - 1)
                     own_tiles = [x.at[slot, pl.ds(group * ROWS, ROWS)] for x in smem["extras"]]
@@ -225,11 +213,12 @@ def gradient_kv(
                     seen = visible.mask(i * width, own_col, p.shape, keys_first=True) if masked else None
                     if seen is not None:
                         p = jnp.where(seen, p, 0.0)
-                    for acc in late:
-                        multiply_slopes(acc)
+                    for acc in dp_acc:
+                        attention_common.start(acc, statistic(1))
+                        plgpu.wgmma(acc, smem["v"].at[group], smem["dout"].at[slot].T)
                     if "v" in wanted:
                         plgpu.wgmma(accs["v"], p.astype(dtype), smem["dout"].at[slot])
-                    return [p * await_slopes(acc) for acc in dp_acc]
+                    return [p * plgpu.wgmma_accumulator_load(acc, wait_n=len(wanted) - 1) for acc in dp_acc]
 
                 tile = Accumulator((ROWS, width), jnp.float32)
                 for ds in pl.run_scoped(products, tile, *([tile] if "k" in wanted else [])):

@@ -25,16 +25,13 @@ class Forward(NamedTuple):
 class Backward(NamedTuple):
     """`groups` consumer warpgroups of 64 rows against `stages` tiles of `width` of the other side.
 
-    One stage: a tile's last products are waited for before the next is loaded. `overlap`: the kernel of dk and dv computes dP
-    under the exponentials of S, and adds −δ to it afterwards: to start its accumulator from numbers that were just loaded,
-    ptxas would wait for S (C7517). The kernel of dq always overlaps, and has −δ in registers.
+    One stage: a tile's last products are waited for before the next is loaded.
     """
 
     groups: int
     width: int
     stages: int
     registers: tuple[int, int] | None
-    overlap: bool = False
 
 
 def forward(d: int, e: int, score_tiles: int) -> Forward:
@@ -54,7 +51,7 @@ def gradient_q(d: int, e: int, score_tiles: int) -> Backward:
     """dq's row: S, dP and dQ are 32 + 32 + d/2 registers."""
     size = max(d, e)
     if size <= 64 and not score_tiles:
-        # Three warpgroups 611 and 640 TFLOP/s (t = 2048 full, 16384 causal), two 558 and 620, two with 128 keys 567 and 643.
+        # Three warpgroups 655 and 718 TFLOP/s (t = 2048 full, 16384 causal), two with 128 keys 615 and 681.
         return Backward(3, 64, 4, THREE_CONSUMERS)
     if size <= 128 and not score_tiles:
         return Backward(2, 64, 3, TWO_CONSUMERS)  # two stages: 546 and 685 TFLOP/s for 626 and 734
@@ -62,7 +59,10 @@ def gradient_q(d: int, e: int, score_tiles: int) -> Backward:
 
 
 def gradient_kv(d: int, e: int, score_tiles: int) -> Backward:
-    """dk and dv's row: S, dP, dK and dV are 32 + 32 + d/2 + e/2 registers; past 128 columns each has a pass of its own."""
+    """dk and dv's row: S, dP, dK and dV are 32 + 32 + d/2 + e/2 registers; past 128 columns each has a pass of its own.
+
+    S is there before dP starts: with both in flight, 500 TFLOP/s for 577 at d = 64, and at d = 128 ptxas serialises all (C7512).
+    """
     return _backward(max(d, e), score_tiles)
 
 
@@ -75,8 +75,7 @@ def gradient_bias(d: int, e: int) -> Backward:
 
 def _backward(size: int, score_tiles: int) -> Backward:
     if size <= 64:
-        return Backward(2, 64, 2 if score_tiles else 4, TWO_CONSUMERS, overlap=True)
-    # Sums of 128 columns leave no registers for a dP in flight: ptxas would serialise the products (C7512).
+        return Backward(2, 64, 2 if score_tiles else 4, TWO_CONSUMERS)
     if size <= 128:
         return Backward(2, 64, 1 if score_tiles else 2, TWO_CONSUMERS)
     # The operands that stay take 64 KiB a warpgroup, a stage of the others as much.
