@@ -95,6 +95,32 @@ def test_what_equals_a_right_argument_is_refused_each_time(options, text):
         assert caught.value.__context__ is None
 
 
+@pytest.mark.parametrize(
+    ("call", "function"), [(attend, ops.PowerAttention), (attend_softmax, ops_sdpa.Sdpa)], ids=["power", "sdpa"]
+)
+def test_what_is_kept_for_the_backward_pass_gets_no_zeros(call, function, monkeypatch):
+    backward, seen = function.backward, []
+
+    def spying(ctx, *grads):
+        seen.append(grads)
+        return backward(ctx, *grads)
+
+    monkeypatch.setattr(function, "backward", staticmethod(spying))
+    call()
+    (grads,) = seen
+    assert grads[0] is not None and all(grad is None for grad in grads[1:])
+
+
+def test_a_gradient_of_the_state_alone():
+    q, k, v = (torch.randn(1, 5, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    y, (s, z) = torch_power.power_attention(q, k, v, return_state=True)
+    for part in (s, z):
+        alone = torch.autograd.grad(part.sum(), (k, v), retain_graph=True, allow_unused=True)
+        beside = torch.autograd.grad(part.sum() + 0 * (y.sum() + s.sum() + z.sum()), (k, v), retain_graph=True)
+        for got, want in zip(alone, beside, strict=True):
+            torch.testing.assert_close(torch.zeros_like(want) if got is None else got, want)
+
+
 def test_arguments_without_a_hash():
     assert len(attend(implementation=["eager", "cpp"])) == 3
     assert len(attend_softmax(implementation=["eager", "cpp"])) == 3

@@ -97,6 +97,16 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return contextlib.nullcontext()
 
 
+def without_zeros(ctx: Any) -> None:
+    """Have the gradient of a result that nobody differentiated be None, not a tensor of zeros.
+
+    The engine would make such tensors for the results kept for the backward pass: one more `saved` (207 MiB at t = 65536, 8
+    heads of 64), filled at each call. torch.compile has no such method, and drops zeros that nobody reads.
+    """
+    if not torch.compiler.is_compiling():
+        ctx.set_materialize_grads(False)
+
+
 class Function(torch.autograd.Function):
     """An autograd.Function with `setup_context`, positional arguments and no defaults."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bridge import spec
 from torch_power import cpp, cuda, eager
-from torch_power.calls import Function, native, operator, remembered, signatures, without_autocast
+from torch_power.calls import Function, native, operator, remembered, signatures, without_autocast, without_zeros
 
 # Best first: the first that supports a call serves it unless one is named.
 POWER: dict[str, spec.Implementation] = {
@@ -209,10 +209,15 @@ class PowerAttention(Function):
         y, norm, saved, s, z = output
         ctx.mark_non_differentiable(norm, saved, *(() if ctx.return_state else (s, z)))
         ctx.save_for_backward(*inputs[:6], y, norm, saved)
+        without_zeros(ctx)
 
     @staticmethod
     def backward(ctx, dy, _norm, _saved, ds, dz):
         arrays = ctx.saved_tensors
+        dy = torch.zeros_like(arrays[6]) if dy is None else dy
+        if ctx.return_state and (ds is None) != (dz is None):  # one part of the state is used: zeros for the other
+            ds = dz.new_zeros(*dz.shape, arrays[2].shape[-1]) if ds is None else ds
+            dz = ds.new_zeros(ds.shape[:-1]) if dz is None else dz
         dstate = (ds, dz) if ctx.return_state else (None, None)
         # Without a graph (`create_graph`, torch.func) there is no second derivative to refuse. torch.compile has none, and
         # cannot trace a Function inside another's backward.

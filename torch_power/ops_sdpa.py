@@ -19,7 +19,7 @@ from torch import Tensor
 from bridge import spec
 from bridge.spec_sdpa import SdpaCall
 from torch_power import cpp, cuda
-from torch_power.calls import Function, native, operator, remembered, signatures, without_autocast
+from torch_power.calls import Function, native, operator, remembered, signatures, without_autocast, without_zeros
 from torch_power.eager import sdpa, sdpa_reference
 from torch_power.layout import rows_like
 
@@ -188,10 +188,12 @@ class Sdpa(Function):
         out, lse, residual = output
         ctx.mark_non_differentiable(lse, residual)
         ctx.save_for_backward(*arrays, out, lse, residual)
+        without_zeros(ctx)
 
     @staticmethod
     def backward(ctx, dout, *_):
         saved = ctx.saved_tensors  # unpacked once: checkpointing makes them again at each access
+        dout = torch.zeros_like(saved[6]) if dout is None else dout
         bias_grad = saved[3] is not None and ctx.needs_input_grad[3]
         # Without a graph (`create_graph`, torch.func) there is no second derivative to refuse.
         differentiate: Any = SdpaBackward.apply if torch.is_grad_enabled() else SdpaBackward.forward
