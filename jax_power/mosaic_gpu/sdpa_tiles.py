@@ -61,7 +61,7 @@ def gradient_q(d: int, e: int, score_tiles: int) -> Backward:
 def gradient_kv(d: int, e: int, score_tiles: int) -> Backward:
     """dk and dv's row: S, dP, dK and dV are 32 + 32 + d/2 + e/2 registers; past 128 columns each has a pass of its own.
 
-    S is there before dP starts: with both in flight, 500 TFLOP/s for 577 at d = 64, and at d = 128 ptxas serialises all (C7512).
+    S is there before dP starts. With both in flight, 500 TFLOP/s for 577 at d = 64; at d = 128 ptxas serialises all (C7512).
     """
     return _backward(max(d, e), score_tiles)
 

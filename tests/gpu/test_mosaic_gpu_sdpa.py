@@ -211,7 +211,11 @@ def test_transformed_calls_are_the_call():
 
 
 def test_second_derivatives():
-    """Those of xla, whoever computes the first ones: as far from float32's as xla's own are, from other roundings."""
+    """Those of xla, whoever computes the first ones.
+
+    y, dy, their tangents and the result are rounded to bfloat16 on the way, which costs xla alone 5.7e-3 where the compiler
+    leaves these roundings in (on a CPU); a wrong rule is wrong by far more than 1e-2.
+    """
     q = jnp.asarray(np.random.default_rng(0).standard_normal((1, 50, 2, 64)), jnp.bfloat16)
 
     def curvature(q, implementation):
@@ -221,9 +225,8 @@ def test_second_derivatives():
 
         return np.asarray(jax.jit(lambda q: jax.jvp(jax.grad(loss), (q,), (q,))[1])(q), np.float64)
 
-    want = curvature(q.astype(jnp.float32), "xla")
-    errors = [np.linalg.norm(curvature(q, name) - want) / np.linalg.norm(want) for name in (None, "xla")]
-    assert errors[0] <= 1.25 * errors[1] < 1e-2
+    got, want = curvature(q, None), curvature(q.astype(jnp.float32), "xla")
+    assert np.linalg.norm(got - want) <= 1e-2 * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("bias", ["hts", None])
