@@ -8,6 +8,7 @@ Memory: q, dO, k, v and the tiles of the extras in a ring of `stages`; the gradi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,9 +18,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bridge.spec_sdpa import SdpaCall
-from jax_power.mosaic_gpu import compat, sdpa_tiles
+from jax_power.mosaic_gpu import attention_common, compat, sdpa_block, sdpa_tiles
+from jax_power.mosaic_gpu.attention_common import Ring
 from jax_power.mosaic_gpu.sdpa_bwd import Operands
-from jax_power.mosaic_gpu.sdpa_scores import LOG2_E, ROW, ROWS, WGMMA, Accumulator, Extras, Visible
+from jax_power.mosaic_gpu.sdpa_scores import LOG2_E, ROW, WGMMA, Accumulator, Extras, Visible
+from jax_power.mosaic_gpu.tiles import ROWS
 
 
 def gradient_bias(call: SdpaCall, tiles: sdpa_tiles.Backward, operands: Operands) -> Array:
@@ -27,100 +30,79 @@ def gradient_bias(call: SdpaCall, tiles: sdpa_tiles.Backward, operands: Operands
     q, _, v = operands[:3]
     bias = operands.extras[0].array
     d, e, dtype = q.shape[-1], v.shape[-1], q.dtype
-    rows, width, ring = tiles.groups * ROWS, tiles.width, tiles.stages
+    rows, width = tiles.groups * ROWS, tiles.width
     row_blocks, col_blocks = -(-call.t // rows), -(-call.s // width)
     shared_b, shared_h = call.b // bias.shape[0], call.h_q // bias.shape[1]
 
-    def body(*refs: Any) -> None:
-        (q_gmem, k_gmem, v_gmem, dout_gmem, stats_gmem), extras, lengths, (dbias_gmem,) = operands.split(refs)
+    def gradient_of_the_bias(gmem: Sequence[Any], smem: sdpa_block.Smem) -> None:
+        (q_gmem, k_gmem, v_gmem, dout_gmem, stats_gmem), extras, lengths, (dbias_gmem,) = operands.split(gmem)
         index, col_block = lax.axis_index("item"), lax.axis_index("col")
         row = lax.rem(index, jnp.int32(row_blocks)) * rows
         bias_of = lax.div(index, jnp.int32(row_blocks))
         bias_batch, bias_head = lax.div(bias_of, jnp.int32(bias.shape[1])), lax.rem(bias_of, jnp.int32(bias.shape[1]))
         col = col_block * width
         keys_at = pl.ds(col, width)
+        ring = Ring.of(smem, "member", tiles.stages)
 
         def member_of(n):
             """Batch element and head of the n-th user of this tile."""
             batch = bias_batch if shared_b == 1 else lax.div(n, jnp.int32(shared_h))
             return batch, bias_head if shared_h == 1 else lax.rem(n, jnp.int32(shared_h))
 
-        def run(q_smem, dout_smem, k_smem, v_smem, extras_smem, out_smem, full, empty):
-            group = lax.axis_index("group")
+        def load() -> None:
+            @pl.loop(0, shared_b * shared_h)
+            def _(n):
+                batch, head = member_of(n)
+                kv_head = lax.div(head, jnp.int32(call.group))
+                rows_at = pl.ds(row, rows)
+                copies = [(q_gmem.at[batch, rows_at, head], smem["q"]), (dout_gmem.at[batch, rows_at, head], smem["dout"])]
+                copies += [(k_gmem.at[batch, keys_at, kv_head], smem["k"]), (v_gmem.at[batch, keys_at, kv_head], smem["v"])]
+                sdpa_block.fill(ring, n, copies + extras.copies(batch, head, rows_at, keys_at, smem["extras"]))
 
-            @pl.when(group == tiles.groups)
-            def load() -> None:
-                if tiles.registers is not None:
-                    plgpu.set_max_registers(tiles.registers[1], action="decrease")
+        def differentiate(group: Array) -> None:
+            own_row = row + group * ROWS
+            own_at, part = pl.ds(own_row, ROWS), pl.ds(group * ROWS, ROWS)
 
-                @pl.loop(0, shared_b * shared_h)
-                def _(n):
-                    batch, head = member_of(n)
-                    kv_head = lax.div(head, jnp.int32(call.group))
-                    slot = lax.rem(n, jnp.int32(ring))
-                    pl.when(n >= ring)(lambda: plgpu.barrier_wait(empty.at[slot]))
-                    for source, smem in ((q_gmem, q_smem), (dout_gmem, dout_smem)):
-                        plgpu.copy_gmem_to_smem(source.at[batch, pl.ds(row, rows), head], smem.at[slot], full.at[slot])
-                    for source, smem in ((k_gmem, k_smem), (v_gmem, v_smem)):
-                        plgpu.copy_gmem_to_smem(source.at[batch, keys_at, kv_head], smem.at[slot], full.at[slot])
-                    extras.copy(batch, head, pl.ds(row, rows), keys_at, extras_smem, slot, full.at[slot])
+            def step(n, dbias):
+                batch, head = member_of(n)
+                slot = ring.slot(n)
+                visible = Visible.of(call, batch, lengths, width)
+                row_extras = extras.rows(batch, head, own_at)
+                stats = [compat.load(stats_gmem.at[batch, head, m, own_at], ROW, optimized=False) for m in (0, 1)]
+                lse, delta = (lax.broadcast_in_dim(x, (ROWS, width), [0]) for x in stats)
+                ring.await_full(n)
 
-            @pl.when(group < tiles.groups)
-            def differentiate() -> None:
-                if tiles.registers is not None:
-                    plgpu.set_max_registers(tiles.registers[0], action="increase")
-                own_row = row + group * ROWS
-                own_at, part = pl.ds(own_row, ROWS), pl.ds(group * ROWS, ROWS)
+                def products(s_acc, dp_acc):
+                    attention_common.start(dp_acc, delta)
+                    plgpu.wgmma(s_acc, smem["q"].at[slot, part], smem["k"].at[slot].T)
+                    plgpu.wgmma(dp_acc, smem["dout"].at[slot, part], smem["v"].at[slot].T)
+                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1) * (call.scale * LOG2_E) + lse
+                    own_tiles = [x.at[slot, part] for x in smem["extras"]]
+                    p = jnp.exp2(extras.add(s, batch, head, row_extras, keys_at, own_tiles))
+                    seen = visible.mask(own_row, col, p.shape)
+                    return p if seen is None else jnp.where(seen, p, 0.0), dp_acc[...]
 
-                def step(n, dbias):
-                    batch, head = member_of(n)
-                    slot = lax.rem(n, jnp.int32(ring))
-                    visible = Visible.of(call, batch, lengths, width)
-                    row_extras = extras.rows(batch, head, own_at)
-                    starts = [compat.load(stats_gmem.at[batch, head, m, own_at], ROW, optimized=False) for m in (0, 1)]
-                    plgpu.barrier_wait(full.at[slot])
+                tile = Accumulator((ROWS, width), jnp.float32)
+                p, dp = pl.run_scoped(products, tile, tile)
+                sdpa_block.release_loaded(ring, n)
+                return dbias + p * dp
 
-                    def products(s_acc, dp_acc):
-                        s_acc[...], dp_acc[...] = (lax.broadcast_in_dim(x, (ROWS, width), [0]) for x in starts)
-                        plgpu.wgmma(s_acc, q_smem.at[slot, part], k_smem.at[slot].T)
-                        plgpu.wgmma(dp_acc, dout_smem.at[slot, part], v_smem.at[slot].T)
-                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1) * (call.scale * LOG2_E)
-                        own_tiles = [x.at[slot, part] for x in extras_smem]
-                        p = jnp.exp2(extras.add(s, batch, head, row_extras, keys_at, own_tiles))
-                        seen = visible.mask(own_row, col, p.shape)
-                        return p if seen is None else jnp.where(seen, p, 0.0), dp_acc[...]
+            dbias = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), WGMMA)
+            dbias = lax.fori_loop(0, shared_b * shared_h, step, dbias)
+            dbias_at = dbias_gmem.at[bias_batch, bias_head, own_at, keys_at]
+            sdpa_block.store(smem["dbias"].at[group], dbias.astype(bias.dtype), dbias_at)
+            plgpu.wait_smem_to_gmem(0)
 
-                    tile = Accumulator((ROWS, width), jnp.float32)
-                    p, dp = pl.run_scoped(products, tile, tile)
-                    plgpu.barrier_arrive(empty.at[slot])
-                    return dbias + p * dp
+        sdpa_block.part(tiles, load, differentiate)
 
-                dbias = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), WGMMA)
-                dbias = lax.fori_loop(0, shared_b * shared_h, step, dbias)
-                out_smem[group] = dbias.astype(bias.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_smem.at[group], dbias_gmem.at[bias_batch, bias_head, own_at, keys_at])
-                plgpu.wait_smem_to_gmem(0)
-
-        tile_extras = Extras.tiles(operands.extras, ring, rows, width)
-        pl.run_scoped(
-            run,
-            plgpu.SMEM((ring, rows, d), dtype),
-            plgpu.SMEM((ring, rows, e), dtype),
-            plgpu.SMEM((ring, width, d), dtype),
-            plgpu.SMEM((ring, width, e), dtype),
-            tile_extras,
-            plgpu.SMEM((tiles.groups, ROWS, width), bias.dtype),
-            plgpu.Barrier(num_barriers=ring, num_arrivals=4 + len(tile_extras)),
-            plgpu.Barrier(num_barriers=ring, num_arrivals=tiles.groups),
-            collective_axes="group",
-        )
-
-    return compat.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct(bias.shape, bias.dtype),
-        grid=(row_blocks * bias.shape[0] * bias.shape[1], col_blocks),
-        grid_names=("item", "col"),
-        num_threads=tiles.groups + 1,
-        thread_name="group",
-    )(*operands.arrays())
+    tiled = Extras.tiles(operands.extras, tiles.stages, rows, width)
+    beside = {name: plgpu.SMEM((tiles.stages, rows, size), dtype) for name, size in (("q", d), ("dout", e))}
+    smem = sdpa_block.streaming(tiles, dtype, "member", {"k": d, "v": e}, beside=[*beside, *tiled]) | beside
+    smem |= {"extras": tiled, "dbias": plgpu.SMEM((tiles.groups, ROWS, width), bias.dtype)}
+    (dbias,) = sdpa_block.launch(
+        gradient_of_the_bias, tiles, smem,
+        # The last axis may be long: 2^31 blocks, of the others 65535.
+        grid={"col": col_blocks, "item": row_blocks * bias.shape[0] * bias.shape[1]},
+        out_type=[jax.ShapeDtypeStruct(bias.shape, bias.dtype)], operands=operands.arrays(),
+    )  # fmt: skip
+    return dbias

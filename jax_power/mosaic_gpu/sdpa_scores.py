@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +19,6 @@ from jax_power.mosaic_gpu import compat
 # Layouts in registers: an accumulator of wgmma, one number for each of its rows, one for each of its columns.
 WGMMA, ROW, COL = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 Accumulator = plgpu.WGMMAAccumulatorRef
-# Rows of a warpgroup's tile: the M of wgmma.
-ROWS = 64
 # exp(x) = exp2(x · log2 e): the kernels keep scores in base 2, which is what the hardware computes.
 LOG2_E = math.log2(math.e)
 # Heads whose blocks run side by side: the keys and values of 8 heads of 16384 · 64 numbers take 34 MB of a 50 MB cache.
@@ -85,11 +84,10 @@ class Extras:
         """What a ring of `stages` tiles takes of shared memory."""
         return [plgpu.SMEM((stages, rows, cols), x.array.dtype) for x in extras if x.kind == "tile"]
 
-    def copy(self, batch: Any, head: Any, rows: Any, cols: Any, smem: Sequence[Any], slot: Any, barrier: Any) -> None:
-        """Start loading the tiles at `rows` and `cols` into a slot of the ring."""
+    def copies(self, batch: Any, head: Any, rows: Any, cols: Any, smem: Sequence[Any]) -> list[tuple[Any, Any]]:
+        """The tiles at `rows` and `cols` in device memory, each with its ring of tiles in shared memory."""
         tiled = [x for x in self._operands if x[0].kind == "tile"]
-        for (extra, gmem), ring in zip(tiled, smem, strict=True):
-            plgpu.copy_gmem_to_smem(gmem.at[*_of_head(extra, batch, head), rows, cols], ring.at[slot], barrier)
+        return [(gmem.at[*_of_head(x, batch, head), rows, cols], ring) for (x, gmem), ring in zip(tiled, smem, strict=True)]
 
     def rows(self, batch: Any, head: Any, rows: Any) -> list[Array]:
         """The numbers of kind "row" of a warpgroup's rows."""
@@ -165,24 +163,30 @@ class Visible:
         return _none_beyond(found, col, self.keys)
 
     def mask(self, row: Any, col: Any, shape: tuple[int, ...], *, keys_first: bool = False) -> Array | None:
-        """What of the tile at (row, col) is seen; `keys_first`: keys along the first axis. None: all of it."""
-        keys, queries = (
-            plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
-            for axis in ((0, 1) if keys_first else (1, 0))
-        )
+        """What of the tile at (row, col) is seen; `keys_first`: keys along the first axis. None: all of it.
+
+        Numbers of columns are compared with one bound a row: a comparison of a difference of both would keep the difference,
+        32 registers, through the loop.
+        """
+
+        def columns():
+            return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+
+        def rows(shift):
+            numbers = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROW)
+            return lax.broadcast_in_dim(numbers + shift, shape, [0])
+
         seen = []
         if self.counts_keys:
-            seen.append(keys < self.keys - col)
+            seen.append((rows(0) if keys_first else columns()) < self.keys - col)
+        # j − i ≤ right and j − i ≥ −left, j and i counted from the tile's corner.
         if self.right is not None:
-            seen.append(keys - queries <= row - col + self.right)
+            shift = row - col + self.right
+            seen.append(columns() >= rows(-shift) if keys_first else columns() <= rows(shift))
         if self.left is not None:
-            seen.append(keys - queries >= row - col - self.left)
-        if not seen:
-            return None
-        together = seen[0]
-        for condition in seen[1:]:
-            together &= condition
-        return together
+            shift = row - col - self.left
+            seen.append(columns() <= rows(-shift) if keys_first else columns() >= rows(shift))
+        return functools.reduce(operator.and_, seen) if seen else None
 
 
 def _blocks(start: Any, size: int, before: int | None, after: int | None, count: Any, width: int) -> Blocks:

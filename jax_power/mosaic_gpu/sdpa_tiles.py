@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 # Registers of a consumer's and of the loading warpgroup's threads: all 65536 of a multiprocessor, given out in steps of 8.
-TWO_CONSUMERS, THREE_CONSUMERS = (232, 40), (160, 32)
+TWO_CONSUMERS, THREE_CONSUMERS = (240, 24), (160, 32)
 
 
 class Forward(NamedTuple):
@@ -49,11 +49,20 @@ def forward(d: int, e: int, score_tiles: int) -> Forward:
 
 def gradient_q(d: int, e: int, score_tiles: int) -> Backward:
     """dq's row: S, dP and dQ are 32 + 32 + d/2 registers."""
-    return _backward(max(d, e), score_tiles)
+    size = max(d, e)
+    if size <= 64 and not score_tiles:
+        # Three warpgroups 655 and 718 TFLOP/s (t = 2048 full, 16384 causal), two with 128 keys 615 and 681.
+        return Backward(3, 64, 4, THREE_CONSUMERS)
+    if size <= 128 and not score_tiles:
+        return Backward(2, 64, 3, TWO_CONSUMERS)  # two stages: 546 and 685 TFLOP/s for 626 and 734
+    return _backward(size, score_tiles)
 
 
 def gradient_kv(d: int, e: int, score_tiles: int) -> Backward:
-    """dk and dv's row: S, dP, dK and dV are 32 + 32 + d/2 + e/2 registers; past 128 columns each has a pass of its own."""
+    """dk and dv's row: S, dP, dK and dV are 32 + 32 + d/2 + e/2 registers; past 128 columns each has a pass of its own.
+
+    S is there before dP starts. With both in flight, 500 TFLOP/s for 577 at d = 64; at d = 128 ptxas serialises all (C7512).
+    """
     return _backward(max(d, e), score_tiles)
 
 

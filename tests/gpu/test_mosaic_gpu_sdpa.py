@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 
 from bridge import cases, cases_sdpa
-from jax_power import ops_sdpa
-from jax_power.mosaic_gpu import sdpa
 from jax_power.sdpa import dot_product_attention
 
 
@@ -40,7 +38,7 @@ PAIRS = (
 # The other factors; 3, 5 and 7 of them, so that in turn all meet each other, and both dtypes with and without a causal mask.
 HEADS = ((4, 4), (4, 1), (6, 2))
 WINDOWS = (None, (100, 0), None, (37, 51), None)
-SIZES = (64, 128, 96, 64, 80, 128, 40)
+SIZES = (64, 128, 96, 256, 80, 128, 40)
 
 
 def matrix() -> list:
@@ -72,7 +70,6 @@ def results(case, arrays, function) -> dict[str, np.ndarray]:
     return {name: np.asarray(x) for name, x in zip(("y", "dq", "dk", "dv", "dbias"), found, strict=False)}
 
 
-ops_sdpa.SDPA["mosaic_gpu"] = sdpa.IMPLEMENTATION
 ours = functools.partial(dot_product_attention, implementation="mosaic_gpu")
 
 
@@ -85,29 +82,53 @@ def test_matches_oracle(case, dtype):
     cases.assert_within(errors, cases_sdpa.bounds(dtype, "mosaic_gpu"), f"{case.name} {dtype}")
 
 
+def rough(case, arrays) -> dict[str, np.ndarray]:
+    """y and the gradients by JAX's operations in the operands' dtype."""
+    _, t, h_q, d = arrays["q"].shape
+    i, j = np.arange(t)[:, None], np.arange(case.keys)
+    seen = j <= i if case.causal else np.ones((t, case.keys), bool)
+    if case.window is not None:
+        seen = seen & (i - case.window[0] <= j) & (j <= i + case.window[1])
+
+    @jax.jit
+    def both(dy, *operands):
+        def attention(q, k, v):
+            k, v = (jnp.repeat(x, h_q // x.shape[2], 2) for x in (k, v))
+            scores = jnp.einsum("bthd,bshd->bhts", q, k) * jnp.asarray(d**-0.5, q.dtype)
+            weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(q.dtype).min))
+            return jnp.einsum("bhts,bshe->bthe", weights, v)
+
+        y, pull_back = jax.vjp(attention, *operands)
+        return y, *pull_back(dy)
+
+    found = both(*(jnp.asarray(arrays[name]) for name in ("dy", "q", "k", "v")))
+    return {name: np.asarray(x) for name, x in zip(("y", "dq", "dk", "dv"), found, strict=True)}
+
+
 @pytest.mark.parametrize(("case", "dtype"), matrix())
 def test_matrix(case, dtype):
-    """Never worse than twice JAX's own function in the same dtype, and within the contract where rounding averages out.
+    """Never worse than twice JAX's operations in the same dtype, and within the contract where rounding averages out.
 
     That is, in tensors of 4096 numbers and more; fewer may be unluckier than any bound on the average. A gradient that is 0 but
-    for cancellation is measured against dy.
+    for cancellation is measured against dy, by the contract alone.
     """
     arrays = case.make(dtype)
     want = case.exact(arrays, "mean")
-    found = results(case, arrays, ours)
-    theirs = results(case, arrays, functools.partial(jax.nn.dot_product_attention, implementation="xla"))
+    found, theirs = results(case, arrays, ours), rough(case, arrays)
     bounds = cases_sdpa.bounds(dtype, "mosaic_gpu")
     size_of_dy = np.linalg.norm(arrays["dy"].astype(np.float64))
     for name in found:
         size = np.linalg.norm(want[name])
-        size = size if size > 1e-6 * size_of_dy else size_of_dy
+        cancels = size <= 1e-6 * size_of_dy
+        size = size_of_dy if cancels else size
         error, their_error = (np.linalg.norm(x[name].astype(np.float64) - want[name]) / size for x in (found, theirs))
-        if want[name].size >= 4096 or size == size_of_dy:
+        if want[name].size >= 4096 or cancels:
             assert error <= bounds[name], f"{name}: {error:.2e}, bound {bounds[name]:.2e}"
-        assert error <= 2 * their_error + 1e-7, f"{name}: {error:.2e}, JAX's function {their_error:.2e}"
+        if not cancels:
+            assert error <= 2 * their_error + 1e-7, f"{name}: {error:.2e}, JAX's operations {their_error:.2e}"
 
 
-SIZES_THAT_DIFFER = [(64, 128), (80, 40), (128, 8), (13, 100)]
+SIZES_THAT_DIFFER = [(64, 128), (80, 40), (128, 8), (13, 100), (192, 256), (256, 64)]
 
 
 @pytest.mark.parametrize(("d", "e"), SIZES_THAT_DIFFER)
@@ -120,14 +141,25 @@ def test_value_size_may_differ(d, e):
     cases.assert_within(errors, cases_sdpa.bounds("bfloat16", "mosaic_gpu"), case.name)
 
 
-def test_large_float16_inputs():
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_large_inputs(dtype):
     """q and k of deviation 8 at t = 4096: finite and within the contract."""
     case = cases_sdpa.SdpaCase("large", t=4096, h_q=2, h_kv=2, d=64, e=64, causal=True, std=8.0)
-    arrays = case.make("float16")
+    arrays = case.make(dtype)
     want = case.exact(arrays, "mean")
     del want["lse"]
     errors = cases.errors(results(case, arrays, ours), want, case, arrays["dy"])
-    cases.assert_within(errors, cases_sdpa.bounds("float16", "mosaic_gpu"), "large")
+    cases.assert_within(errors, cases_sdpa.bounds(dtype, "mosaic_gpu"), "large")
+
+
+@pytest.mark.parametrize(("d", "e", "bias", "mask"), [(128, 128, "hts", "bts"), (96, 96, "ts", None), (256, 192, "hts", "bs")])
+def test_bias_of_wide_heads(d, e, bias, mask):
+    case = cases_sdpa.SdpaCase(f"bias{d}", t=300, s=530, h_q=2, h_kv=2, d=d, e=e, bias=bias, mask=mask, causal=True)
+    arrays = case.make("bfloat16")
+    want = case.exact(arrays, "mean")
+    del want["lse"]
+    errors = cases.errors(results(case, arrays, ours), want, case, arrays["dy"])
+    cases.assert_within(errors, cases_sdpa.bounds("bfloat16", "mosaic_gpu"), case.name)
 
 
 def test_log_sum_exp():
@@ -160,22 +192,63 @@ def test_vmap():
             np.testing.assert_array_equal(mapped[n], single)
 
 
-def test_runs_are_bit_equal():
-    """A hundred calls, forward and backward, with every feature on."""
-    case = cases_sdpa.SdpaCase("repeat", b=2, t=1000, h_q=4, h_kv=2, d=64, e=64, causal=True, bias="hts", mask="bs")
+def test_transformed_calls_are_the_call():
+    """Chosen without being named, recomputed by `jax.checkpoint` and sharded: the same bits."""
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((2, 100, 2, 64)), jnp.bfloat16)
+
+    def attend(q, **options):
+        return dot_product_attention(q, q, q, is_causal=True, **options)
+
+    def gradient(function):
+        return jax.jit(jax.grad(lambda q: (function(q).astype(jnp.float32) ** 2).sum()))
+
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("batch")
+    assert "mosaic_gpu" in jax.jit(attend).lower(q).as_text()
+    want = gradient(functools.partial(attend, implementation="mosaic_gpu"))(q)
+    for function in (attend, jax.checkpoint(attend), jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)):
+        np.testing.assert_array_equal(gradient(function)(q), want)
+
+
+def test_second_derivatives():
+    """Those of xla, whoever computes the first ones.
+
+    y, dy, their tangents and the result are rounded to bfloat16 on the way, which costs xla alone 5.7e-3 where the compiler
+    leaves these roundings in (on a CPU); a wrong rule is wrong by far more than 1e-2.
+    """
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((1, 50, 2, 64)), jnp.bfloat16)
+
+    def curvature(q, implementation):
+        def loss(q):
+            y = dot_product_attention(q, q, q, is_causal=True, implementation=implementation)
+            return (y.astype(jnp.float32) ** 2).sum()
+
+        return np.asarray(jax.jit(lambda q: jax.jvp(jax.grad(loss), (q,), (q,))[1])(q), np.float64)
+
+    got, want = curvature(q, None), curvature(q.astype(jnp.float32), "xla")
+    assert np.linalg.norm(got - want) <= 1e-2 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("bias", ["hts", None])
+def test_runs_are_bit_equal(bias):
+    """A thousand calls, forward and backward; with a bias, every feature is on."""
+    mask = "bs" if bias else None
+    case = cases_sdpa.SdpaCase("repeat", b=2, t=1000, h_q=4, h_kv=2, d=64, e=64, causal=True, bias=bias, mask=mask)
     arrays = case.make("bfloat16")
-    operands = [jnp.asarray(np.ascontiguousarray(arrays[name])) for name in ("q", "k", "v", "bias")]
-    dy, mask = jnp.asarray(arrays["dy"]), arrays["mask"]
+    operands = [jnp.asarray(np.ascontiguousarray(arrays[name])) for name in ("q", "k", "v", "bias") if name in arrays]
+    dy, mask = jnp.asarray(arrays["dy"]), arrays.get("mask")
 
     @jax.jit
     def both(dy, *operands):
         y, pull_back = jax.vjp(lambda *x: ours(*x, mask=mask, is_causal=True), *operands)
         return y, *pull_back(dy)
 
+    @jax.jit
+    def differing(found, first):
+        return sum((x.view(jnp.uint16) != y.view(jnp.uint16)).sum() for x, y in zip(found, first, strict=True))
+
     first = both(dy, *operands)
-    for _ in range(100):
-        for x, y in zip(both(dy, *operands), first, strict=True):
-            assert (x.view(jnp.uint16) == y.view(jnp.uint16)).all()
+    assert sum(differing(both(dy, *operands), first) for _ in range(1000)) == 0
 
 
 def test_memory_is_linear_in_length():
