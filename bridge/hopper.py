@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from bridge import spec
 
 # Tokens from which the chunked form is faster, by the head size that kernels pad to and whether there are gates: one H100,
-# forward and backward together, nanoseconds a token and head (benchmarks/results/gpu_power_h100.json, gates on, and
-# gpu_attention_h100.json, none). The chunked form was timed with gates.
+# forward and backward together, nanoseconds a token and head, 32768 tokens of 1024 numbers, all in one run
+# (benchmarks/results/gpu_forms_h100.json), in proportion between the lengths timed.
 CROSSING: Mapping[tuple[int, bool], int] = {
-    (64, True): 4_500,  # chunked 7.1 at t = 8192, attention 13.0: level at 4500 if that grows in proportion to t
-    (64, False): 9_200,  # attention 8.5 at 8192, but forward 0.85 ms where chunked takes 1.15; 16.8 at 16384
-    (128, True): 12_300,  # chunked 27.4 at 8192 and 28.4 at 16384, attention 18.9 and 36.5
-    (128, False): 17_000,  # attention 27.5 at 16384
+    (64, True): 4_400,  # attention 6.1 at t = 4096 and 11.2 at 8192, chunked 6.4 and 6.2
+    (64, False): 8_000,  # attention 3.9 at 4096 and 6.8 at 8192, chunked 6.9 and 6.7
+    (128, True): 12_600,  # attention 16.4 at 8192 and 34.9 at 16384, chunked 24.9 and 27.8
+    (128, False): 20_000,  # attention 12.7 at 8192 and 23.9 at 16384, chunked 28.1 and 29.1: beyond what was timed
 }
 
 

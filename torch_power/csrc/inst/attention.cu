@@ -9,8 +9,8 @@
 
 namespace power::attention {
 
-/* Where one pass is faster than the two kernels. b·t = 16384, both passes: d = 128, t = 4096 1.96 ms against 2.05, 8192 3.62 against 3.80;
- * d = 64, 4096 2.11 against 2.05, 8192 3.77 against 3.87, 16384 7.4 against 8.1. */
+/* Where one pass is faster than the two kernels. b·t = 16384, both passes: d = 128, t = 2048 1.43 ms against 1.04, 4096 level, 8192 3.62 against
+ * 3.87; d = 64, 4096 level, 8192 3.86 against 4.22, 16384 7.25 against 8.39. */
 bool one_pass(const PowerAttentionShape &s) {
   const int64_t size = std::max(s.d, s.e), least = size <= 64 ? 8192 : 4096;
   return s.dtype == POWER_BFLOAT16 && s.deg == 2 && s.causal && !s.gates && size <= 128 && s.t >= least;
