@@ -68,8 +68,9 @@ int32_t run(const PowerAttentionShape *shape, const PowerAttentionArrays *arrays
     return power_fail(POWER_INVALID, "arrays: the last axis must be contiguous, other strides multiples of 8 elements, addresses "
                                      "multiples of 16 bytes");
 
+  // A thread that autograd has just started has no context yet, and cuTensorMapEncodeTiled makes none: cudaSetDevice does.
   int device = 0, multiprocessors = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
+  if (cudaGetDevice(&device) != cudaSuccess || cudaSetDevice(device) != cudaSuccess ||
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
     return power_fail(POWER_DEVICE, "no CUDA device");
   const Call call = {s, x, static_cast<char *>(workspace), static_cast<cudaStream_t>(stream), multiprocessors};
