@@ -103,9 +103,10 @@ def forms() -> Iterator[dict[str, Any]]:
                     x = gpu.make(gpu.Contestant(attend, gpu.power_weight(2)), tokens // t, t, width // d, d, gates=gates)
                     both = functools.partial(both_passes, attend, x)
                     both()
-                    row[f"{form}_both_ms"] = gpu.median(both)
+                    row[f"{form}_both_ms"] = gpu.medians({form: both})[form]
                     with torch.no_grad():
-                        row[f"{form}_forward_ms"] = gpu.median(functools.partial(attend, x.q, x.k, x.v, x.log_g))
+                        forward = functools.partial(attend, x.q, x.k, x.v, x.log_g)
+                        row[f"{form}_forward_ms"] = gpu.medians({form: forward})[form]
                     row[f"{form}_both_ns"] = row[f"{form}_both_ms"] * 1e6 / (tokens * width // d)
                 print({name: round(value, 3) for name, value in row.items()}, flush=True)
                 yield row

@@ -173,7 +173,7 @@ def measure(name: str, cell: Cell, entry: Entry | str, want: tuple[Array, ...]) 
     if not max(row["error"].values()) < TOLERANCE:
         return row
     flops = 4.0 * TOKENS * cell.t * WIDTH / (2 if cell.causal else 1)
-    calls = {"forward": (entry.forward, qkv, flops)}
+    calls: dict[str, tuple[Any, Any, float]] = {"forward": (entry.forward, qkv, flops)}
     if entry.backward is not None:
         calls["backward"] = (entry.backward, (pull_back, dy), 2.5 * flops)
     for kind, (program, arrays, flops) in calls.items():
