@@ -271,8 +271,8 @@ def measure_all(contestants: Mapping[str, Contestant], x: Arrays, *, causal: boo
     for name, contestant in contestants.items():
         row = rows[name] = dict.fromkeys(("forward_ms", "both_ms", "backward_ms", "forward_graph_ms", "both_graph_ms"))
         passes: dict[str, Callable[[], Any]] = {
-            "forward": functools.partial(_forward, contestant, x),
-            "both": functools.partial(_both, contestant, x),
+            "forward": functools.partial(forward, contestant, x),
+            "both": functools.partial(both, contestant, x),
         }
         try:
             row["peak_mib"] = peak_bytes(passes["both"], [a for a in x if a is not None]) / 2**20
@@ -293,12 +293,14 @@ def measure_all(contestants: Mapping[str, Contestant], x: Arrays, *, causal: boo
     return rows
 
 
-def _forward(contestant: Contestant, x: Arrays) -> Tensor:
+def forward(contestant: Contestant, x: Arrays) -> Tensor:
+    """y, without what a backward pass would need."""
     with torch.no_grad():
         return contestant.attend(x.q, x.k, x.v, x.log_g)
 
 
-def _both(contestant: Contestant, x: Arrays) -> tuple[Tensor, ...]:
+def both(contestant: Contestant, x: Arrays) -> tuple[Tensor, ...]:
+    """y and the gradients of the leaves."""
     y = contestant.attend(x.q, x.k, x.v, x.log_g)
     return y.detach(), *torch.autograd.grad(y, x.leaves(), x.dy)
 

@@ -85,29 +85,23 @@ def rows(quick: bool) -> Iterator[tuple[Shape, str]]:
             yield Shape(TOKENS // t, t, t, WIDTH // 256, 256, True), name
 
 
-def both_passes(attend: Any, x: gpu.Arrays) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(attend(x.q, x.k, x.v, x.log_g), x.leaves(), x.dy)
-
-
 def forms() -> Iterator[dict[str, Any]]:
-    """Both forms on the same arrays, 32768 tokens of 1024 numbers: milliseconds, and nanoseconds a token and head."""
-    tokens, width = 32768, 1024
+    """Both forms on the same arrays, in turns, 32768 tokens of 1024 numbers: milliseconds, and nanoseconds a token and head."""
+    tokens, width, both_forms = 32768, 1024, ("attention", "chunked")
+    attend = functools.partial(torch_power.power_attention, deg=2, causal=True, implementation="cuda")
     for d in (64, 128):
         for t in (8192, 4096, 16384, 2048, 32768, 1024):
             for gates in (True, False):
                 row: dict[str, Any] = {"b": tokens // t, "t": t, "h": width // d, "d": d, "gates": gates}
-                for form in ("attention", "chunked"):
-                    attend = functools.partial(
-                        torch_power.power_attention, deg=2, causal=True, form=form, implementation="cuda"
-                    )
-                    x = gpu.make(gpu.Contestant(attend, gpu.power_weight(2)), tokens // t, t, width // d, d, gates=gates)
-                    both = functools.partial(both_passes, attend, x)
-                    both()
-                    row[f"{form}_both_ms"] = gpu.medians({form: both})[form]
-                    with torch.no_grad():
-                        forward = functools.partial(attend, x.q, x.k, x.v, x.log_g)
-                        row[f"{form}_forward_ms"] = gpu.medians({form: forward})[form]
-                    row[f"{form}_both_ns"] = row[f"{form}_both_ms"] * 1e6 / (tokens * width // d)
+                made = {form: gpu.Contestant(functools.partial(attend, form=form), gpu.power_weight(2)) for form in both_forms}
+                x = gpu.make(made["attention"], tokens // t, t, width // d, d, gates=gates)
+                calls = {
+                    f"{form}_{function.__name__}_ms": functools.partial(function, contestant, x)
+                    for form, contestant in made.items()
+                    for function in (gpu.forward, gpu.both)
+                }
+                row |= gpu.medians(calls)
+                row |= {f"{form}_both_ns": row[f"{form}_both_ms"] * 1e6 / (tokens * width // d) for form in both_forms}
                 print({name: round(value, 3) for name, value in row.items()}, flush=True)
                 yield row
 

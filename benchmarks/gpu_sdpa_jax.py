@@ -1,6 +1,6 @@
 """Times JAX's scaled dot-product attentions on one GPU: ours in Pallas, cuDNN's, and the Pallas kernel that ships with JAX.
 
-    python benchmarks/gpu_sdpa_jax.py OUT.json [CELL ...]
+    python -m benchmarks.gpu_sdpa_jax OUT.json [CELL ...]
 
 b·t = 16384 tokens, h·d = 2048, bfloat16 (float16 for JAX's Pallas kernel, which takes no other). A cell is "t,d,mask", for
 example "16384,64,causal"; without any, all are run. Each contestant is one compiled program forward and one for the gradients
@@ -11,11 +11,9 @@ issued one after the other; medians. A contestant whose y or gradients are wrong
 from __future__ import annotations
 
 import functools
-import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +27,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.mosaic.gpu import profiler
 
-sys.path.insert(0, ".")
+from benchmarks import gpu
+from benchmarks.gpu_pallas import wall_ms
+from benchmarks.run import commit
 from jax_power import dot_product_attention
 
 TOKENS, WIDTH = 16384, 2048
@@ -147,17 +147,6 @@ def kernel_ms(program: Any, *arrays: Any) -> float:
     return float(statistics.median(runs))
 
 
-def wall_ms(run: Callable[[], Any], calls: int = 6) -> float:
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(calls):
-            result = run()
-        jax.block_until_ready(result)
-        times.append((time.perf_counter() - start) / calls * 1e3)
-    return statistics.median(times)
-
-
 def measure(name: str, cell: Cell, entry: Entry | str, want: tuple[Array, ...]) -> dict[str, Any]:
     """One row of the result: a contestant in a cell."""
     b, _, h, _ = cell.shape()
@@ -193,8 +182,7 @@ def told(row: dict[str, Any]) -> str:
 def main() -> None:
     out, *chosen = sys.argv[1:]
     cells = [cell for cell in CELLS if not chosen or f"{cell.t},{cell.d},{cell.mask}" in chosen]
-    about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    about["commit"] = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "commit": commit()}
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(COMPILING) as pool:
         exacts = {cell: pool.submit(exact, cell) for cell in cells}
@@ -206,7 +194,7 @@ def main() -> None:
         for name in CONTESTANTS:
             rows.append(measure(name, cell, entries[name, cell].result(), want))
             print(told(rows[-1]), flush=True)
-            pathlib.Path(out).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+            gpu.save(pathlib.Path(out), {"about": about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -15,18 +15,7 @@ import torch_power  # noqa: E402
 from bridge import cases, spec  # noqa: E402
 from torch_power.cuda import library, power  # noqa: E402
 
-
-def _missing() -> str | None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        return "needs a Hopper GPU"
-    try:
-        library.load()
-    except ImportError as error:
-        return str(error)
-    return None
-
-
-pytestmark = pytest.mark.skipif(_missing() is not None, reason=str(_missing()))
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 
 TABLE = [(case, dtype) for case in cases.POWER for dtype in ("bfloat16", "float16") if "chunked" in case.forms]
 GRADIENTS = ("dq", "dk", "dv", "dlog_g", "ds0", "dz0")

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../launch.cuh"
 #include "attention_backward_kv.cuh"
 #include "attention_call.h"
 #include "attention_forward.cuh"
@@ -47,24 +48,9 @@ struct Workspace {
   }
 };
 
-/* The map of an array [b, t, h, x] for tiles of `rows` tokens × 64 columns of one head. An axis of one element may have any
- * stride. Returns false if the driver refuses it. */
+/* `make_tile_map` of an array [b, t, h, x]. */
 inline bool make_map(CUtensorMap *map, const PowerArray &a, int64_t b, int64_t t, int64_t h, int64_t x, int rows, bool half) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
-    void *f = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found);
-    return reinterpret_cast<Encode>(f);
-  }();
-  if (!encode) return false;
-  const cuuint64_t size[4] = {cuuint64_t(x), cuuint64_t(h), cuuint64_t(t), cuuint64_t(b)};
-  cuuint64_t stride[3];
-  for (int i = 0; i < 3; ++i) stride[i] = size[i + 1] == 1 ? 16 : cuuint64_t(a.stride[2 - i]) * 2;
-  const cuuint32_t box[4] = {kSlabColumns, 1, cuuint32_t(rows), 1}, step[4] = {1, 1, 1, 1};
-  return encode(map, half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, a.data, size, stride, box, step,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return make_tile_map(map, a.data, {x, h, t, b}, {a.stride[2], a.stride[1], a.stride[0]}, rows, half);
 }
 
 /* The deck of a kernel whose blocks hold `rows` rows of a head. Heads are dealt in equal groups. With few tiles a head, groups keep
@@ -78,39 +64,6 @@ inline Deck make_deck(const Call &call, const Workspace &at, int kernel, int64_t
   const int64_t groups = spread ? all : (all - 1) / (busy * call.multiprocessors / std::max<int64_t>(tiles, 1) + 1) + 1;
   int *dealt = reinterpret_cast<int *>(call.workspace + at.counters) + kernel;
   return Deck(int(tiles), int(heads), int(call.shape.b), int((all + groups - 1) / groups), last_first, dealt);
-}
-
-inline int32_t after_launch(const char *what) {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? POWER_OK : power_fail(POWER_DEVICE, "%s: %s", what, cudaGetErrorString(error));
-}
-
-/* Launches a persistent kernel: one block a multiprocessor, or fewer if there are fewer items. */
-template <typename Smem, typename... Parameters, typename... Arguments>
-int32_t launch_persistent(const Call &call, const char *what, void (*kernel)(Parameters...), int items, int threads,
-                          const Arguments &...arguments) {
-  static_assert(sizeof(Smem) <= 232448, "shared memory of a multiprocessor");
-  if (items == 0) return POWER_OK;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Smem)) == cudaSuccess)
-    kernel<<<unsigned(std::min(items, call.multiprocessors)), threads, sizeof(Smem), call.stream>>>(arguments...);
-  return after_launch(what);
-}
-
-/* Launches a kernel whose blocks, at most one a multiprocessor, wait for each other: all run at the same time, or the launch fails. */
-template <typename Smem, typename... Parameters, typename... Arguments>
-int32_t launch_together(const Call &call, const char *what, void (*kernel)(Parameters...), int blocks, int threads,
-                        const Arguments &...arguments) {
-  static_assert(sizeof(Smem) <= 232448, "shared memory of a multiprocessor");
-  cudaLaunchAttribute together = {};
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(unsigned(threads));
-  config.dynamicSmemBytes = sizeof(Smem), config.stream = call.stream;
-  config.attrs = &together, config.numAttrs = 1;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Smem)) == cudaSuccess)
-    cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-  return after_launch(what);
 }
 
 inline Problem make_problem(const Call &call, const Workspace &at, bool half) {
