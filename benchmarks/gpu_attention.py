@@ -8,7 +8,7 @@ queries against long keys; d = 256 for information (beside flash attention; cuDN
 errors are taken: benchmarks/gpu.py. About 30 s; `--quick` takes degree 2 and cuDNN alone, causal, in 10 s.
 
 `--forms`: the attention form against the chunked one, with gates and without, from which `bridge.hopper.CROSSING` is read;
-times alone, 15 s.
+times alone, 20 s.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from bridge import spec
 # forward and backward together, nanoseconds a token and head, 32768 tokens of 1024 numbers, all in one run
 # (benchmarks/results/gpu_forms_h100.json), in proportion between the lengths timed.
 CROSSING: Mapping[tuple[int, bool], int] = {
-    (64, True): 4_400,  # attention 6.1 at t = 4096 and 11.2 at 8192, chunked 6.4 and 6.2
-    (64, False): 8_000,  # attention 3.9 at 4096 and 6.8 at 8192, chunked 6.9 and 6.7
-    (128, True): 12_600,  # attention 16.4 at 8192 and 34.9 at 16384, chunked 24.9 and 27.8
-    (128, False): 20_000,  # attention 12.7 at 8192 and 23.9 at 16384, chunked 28.1 and 29.1: beyond what was timed
+    (64, True): 4_200,  # attention 5.9 at t = 4096 and 10.9 at 8192, chunked 6.0 and 5.8
+    (64, False): 7_000,  # attention 4.1 at 4096 and 7.2 at 8192, chunked 6.4 and 6.2
+    (128, True): 11_500,  # attention 18.0 at 8192 and 35.7 at 16384, chunked 24.6 and 25.9
+    (128, False): 16_700,  # attention 27.3 at 16384 and 52.3 at 32768, chunked 27.8 and 30.8
 }
 
 

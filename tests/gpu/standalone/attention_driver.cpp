@@ -6,7 +6,7 @@
  *
  * LIBRARY exports abi_attention.h: torch_power/lib/libpower_kernels.so, or for racecheck csrc/inst/attention*.cu built with -DPOWER_RACECHECK. The
  * backward in one pass starts at thousands of tokens (csrc/inst/attention.cu), too many for a sanitizer: give it a library that starts at one.
- * `gates`: about −0.07 a token.
+ * t is 2 or more: of one token the exact dq is 0. `gates`: about −0.07 a token.
  */
 #include <cuda_runtime.h>
 #include <dlfcn.h>
