@@ -71,7 +71,7 @@ build/primitives/%: tests/gpu/primitives/%.cu tests/gpu/primitives/check.cuh $(w
 
 # CPU operators under AddressSanitizer and UndefinedBehaviorSanitizer, built in a copy so that the ordinary build stays
 SANITIZED := build/sanitized
-SANITIZED_TESTS ?= tests/test_cpp.py tests/test_dropin.py tests/test_power.py tests/test_sdpa_torch.py tests/test_power_laws.py
+SANITIZED_TESTS ?= tests/test_cpp.py tests/test_dropin.py tests/test_power.py tests/test_sdpa_torch.py tests/test_sdpa_torch_transforms.py tests/test_power_laws.py
 test-sanitize: $(READY)
 	@mkdir -p $(SANITIZED)
 	@tar -cf - --exclude='*.so' setup.py pyproject.toml README.md LICENSE bridge jax_power torch_power tests | tar -xf - -C $(SANITIZED)

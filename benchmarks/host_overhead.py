@@ -19,7 +19,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,15 @@ def microseconds(launch: Callable[[], Any], calls: int, wait: Callable[[], None]
     return 1e6 * queued / calls, 1e6 * (time.perf_counter() - begin) / alone
 
 
+def medians(samples: Mapping[tuple[str, str], Sequence[tuple[float, float]]], t: int) -> list[dict[str, Any]]:
+    """A row for every contestant and pass."""
+    rows = []
+    for (name, which), found in samples.items():
+        queued, alone = np.median(found, axis=0).tolist()
+        rows.append({"contestant": name, "pass": which, "t": t, "queued_us": queued, "alone_us": alone})
+    return rows
+
+
 def first_call(function: Attention, as_power: bool, device: str, t: int, wait: Callable[[], None]) -> float:
     """Milliseconds of the first forward and backward pass in this process."""
     launch = launches(function, as_power, device, t)["both"]
@@ -143,8 +152,15 @@ def main(argv: Sequence[str]) -> int:
             return 0
     ours = [name for name, *_ in entrants if name.startswith("torch_power")]
     first = first_calls(ours, FLAGS.device, FLAGS.t) if FLAGS.first else {}
+    about = {
+        "schema": 1, "argv": list(argv[1:]), "commit": run.commit(),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": {"kind": FLAGS.device, "names": {"torch": measure.describe("torch_power", FLAGS.device)["device"]}},
+        "environment": measure.environment(), "first_call_ms": first,
+    }  # fmt: skip
     samples: dict[tuple[str, str], list[tuple[float, float]]] = {}
     made = [launches(function, as_power, FLAGS.device, FLAGS.t) for _, function, as_power, _ in entrants]
+    rows: list[dict[str, Any]] = []
     for _ in range(FLAGS.rounds):
         for (name, _, _, _), passes in zip(entrants, made, strict=True):
             # A generator's context manager serves once: those of this round are new.
@@ -152,19 +168,13 @@ def main(argv: Sequence[str]) -> int:
             with block:
                 for which, launch in passes.items():
                     samples.setdefault((name, which), []).append(microseconds(launch, FLAGS.calls, wait))
-    rows = []
-    for (name, which), found in samples.items():
-        queued, alone = np.median(found, axis=0).tolist()
-        rows.append({"contestant": name, "pass": which, "t": FLAGS.t, "queued_us": queued, "alone_us": alone})
-        print(f"{name:30s} {which:8s} queued {queued:7.1f} µs   alone {alone:7.1f} µs", flush=True)
-    if FLAGS.out is not None:
-        result = {
-            "schema": 1, "argv": list(argv[1:]), "commit": run.commit(),
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": {"kind": FLAGS.device, "names": registry.device_names(FLAGS.device)},
-            "environment": measure.environment(), "first_call_ms": first, "rows": rows,
-        }  # fmt: skip
-        report.write_whole(pathlib.Path(FLAGS.out), json.dumps(report.plain(result), indent=1, allow_nan=False) + "\n")
+        rows = medians(samples, FLAGS.t)
+        if FLAGS.out is not None:  # after every round: what is cut short leaves the rounds before
+            result = report.plain(about | {"rounds": len(samples[ours[0], "both"]), "rows": rows})
+            report.write_whole(pathlib.Path(FLAGS.out), json.dumps(result, indent=1, allow_nan=False) + "\n")
+    for row in rows:
+        times = f"queued {row['queued_us']:7.1f} µs   alone {row['alone_us']:7.1f} µs"
+        print(f"{row['contestant']:30s} {row['pass']:8s} {times}", flush=True)
     return 0
 
 

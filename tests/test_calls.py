@@ -38,6 +38,13 @@ def attend_softmax(t: int = 5, **options):
     return torch.autograd.grad(torch_power.scaled_dot_product_attention(q, k, v, **options).sum(), (q, k, v))
 
 
+def attend_softmax_and_residual():
+    """As `attend_softmax`, of a call that returns the log-sum-exp too."""
+    q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    y, _ = torch_power.scaled_dot_product_attention(q, k, v, return_residual=True)
+    return torch.autograd.grad(y.sum(), (q, k, v))
+
+
 @pytest.mark.parametrize(
     ("call", "module", "checks"),
     [(attend, spec, "check_power"), (attend_softmax, spec_sdpa, "check_torch")],
@@ -96,7 +103,7 @@ def test_what_equals_a_right_argument_is_refused_each_time(options, text):
 
 
 @pytest.mark.parametrize(
-    ("call", "function"), [(attend, ops.PowerAttention), (attend_softmax, ops_sdpa.Sdpa)], ids=["power", "sdpa"]
+    ("call", "function"), [(attend, ops.PowerAttention), (attend_softmax_and_residual, ops_sdpa.Sdpa)], ids=["power", "sdpa"]
 )
 def test_what_is_kept_for_the_backward_pass_gets_no_zeros(call, function, monkeypatch):
     backward, seen = function.backward, []
@@ -109,6 +116,24 @@ def test_what_is_kept_for_the_backward_pass_gets_no_zeros(call, function, monkey
     call()
     (grads,) = seen
     assert grads[0] is not None and all(grad is None for grad in grads[1:])
+
+
+def test_a_recorded_call_equals_one_that_transforms_may_see(monkeypatch):
+    q, k, v, dy = (torch.randn(2, 2, 5, 8, requires_grad=i < 3) for i in range(4))
+    bias = torch.randn(2, 5, 5, requires_grad=True)
+
+    def gradients(**options):
+        torch.manual_seed(0)
+        y = torch_power.scaled_dot_product_attention(q, k, v, bias, dropout_p=0.3, **options)
+        return type(y.grad_fn).__name__, torch.autograd.grad(y, (q, k, v, bias), dy, retain_graph=True), y
+
+    recorded, got, y = gradients()
+    monkeypatch.setattr(sdpa, "transforms_active", lambda: True)
+    general, want, same = gradients()
+    assert (recorded, general) == ("SdpaRecordedBackward", "SdpaBackward")
+    assert torch.equal(y, same) and all(map(torch.equal, got, want))
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        torch.autograd.grad(torch.autograd.grad(y.sum(), q, create_graph=True)[0].sum(), k)
 
 
 def test_a_gradient_of_the_state_alone():

@@ -90,6 +90,11 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def autocast_anywhere() -> bool:
+    """Whether `torch.autocast` may be on for some device: one question where that for a device takes three."""
+    return torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A block in which tensor operations keep the dtypes they are given."""
     if torch.is_autocast_enabled(device.type):
@@ -120,5 +125,5 @@ class Function(torch.autograd.Function):
         """
         if torch._C._are_functorch_transforms_active():
             return super().apply(*arguments)
-        alive = torch._functorch.utils.unwrap_dead_wrappers(arguments)
+        alive = [torch._C._functorch.unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in arguments]
         return super(torch.autograd.Function, cls).apply(*alive)  # type: ignore[misc]

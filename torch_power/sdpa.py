@@ -13,7 +13,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from bridge import spec_sdpa
 from torch_power import ops_sdpa
-from torch_power.calls import Signature, remembered, signatures, transforms_active
+from torch_power.calls import Signature, autocast_anywhere, remembered, signatures, transforms_active
 from torch_power.choice import CHOICE, autocast_available
 from torch_power.layout import heads_last
 
@@ -108,7 +108,8 @@ def scaled_dot_product_attention(
         attn_mask = None
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     bias_grad = attn_mask is not None and attn_mask.requires_grad
-    options = dropout_p, is_causal, window, scale, enable_gqa, bias_grad, implementation, CHOICE.in_force()
+    asked = CHOICE.in_force() if implementation is None else implementation
+    options = dropout_p, is_causal, window, scale, enable_gqa, bias_grad, asked
     plan = _plan(*signatures(query, key, value, attn_mask), *options)
 
     q, k, v = query, key, value
@@ -120,9 +121,13 @@ def scaled_dot_product_attention(
         bias, mask = (None, operand) if attn_mask.dtype == torch.bool else (operand, None)
     seed = torch.randint(2**63 - 1, (q.shape[0],), device=q.device) if dropout_p > 0 else None
     training = (q.requires_grad or k.requires_grad or v.requires_grad or bias_grad) and torch.is_grad_enabled()
-    run = ops_sdpa.Sdpa.apply if training or transforms_active() else ops_sdpa.Sdpa.forward
-    band = plan.call.causal, plan.call.window
-    out, lse, _ = run(q, k, v, bias, mask, seed, *band, plan.call.scale, dropout_p, plan.implementation, training)
+    call = plan.call
+    run_options = call.causal, call.window, call.scale, dropout_p, plan.implementation
+    if training and not return_residual and not transforms_active():
+        out = ops_sdpa.SdpaRecorded.apply(q, k, v, bias, mask, seed, run_options)
+    else:
+        run = ops_sdpa.Sdpa.apply if training or transforms_active() else ops_sdpa.Sdpa.forward
+        out, lse, _ = run(q, k, v, bias, mask, seed, *run_options, training)
     out = out if out.dtype == value.dtype else out.to(value.dtype)
     out = out if len(plan.leading) == 2 else out.reshape(*plan.leading, *out.shape[2:])
     # As PyTorch's function does, keep queries stored [b, t, h, d] in that order: heads then merge without a copy.
@@ -143,13 +148,16 @@ def _causal_window(
     return left, min(right, s - t if bias.variant == CausalVariant.LOWER_RIGHT else 0)
 
 
-def _autocast(*arrays: Any) -> list[Any]:
+def _autocast(*arrays: Any) -> tuple[Any, ...]:
     """Under `torch.autocast`, floating tensors but float64 in the autocast dtype, as for PyTorch's own function."""
+    if not autocast_anywhere():
+        return arrays
     device = arrays[0].device.type
     if not autocast_available(device) or not torch.is_autocast_enabled(device):
-        return list(arrays)
+        return arrays
     dtype = torch.get_autocast_dtype(device)
-    return [x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype) for x in arrays]
+    kept = [x is None or not x.is_floating_point() or x.dtype == torch.float64 for x in arrays]
+    return tuple([x if keep else x.to(dtype) for x, keep in zip(arrays, kept, strict=True)])
 
 
 class _Plan(NamedTuple):
@@ -173,8 +181,7 @@ class _Plan(NamedTuple):
 @remembered
 def _plan(
     query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: float, is_causal: bool, window: tuple[int, int] | None,
-    scale: float | None, enable_gqa: bool, bias_grad: bool, implementation: str | Sequence[str] | None,
-    in_force: tuple[str, ...] | None,
+    scale: float | None, enable_gqa: bool, bias_grad: bool, asked: str | Sequence[str] | None,
 ) -> _Plan:  # fmt: skip
     """Check the call and choose who serves it; of the operands, only shape, dtype and device are looked at."""
     spec_sdpa.check_torch(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
@@ -205,7 +212,6 @@ def _plan(
         q, k, v, bias, mask_operand, causal=causal, window=window, dropout_p=dropout_p,
         bias_grad=bias is not None and bias_grad, scale=spec_sdpa.default_scale(query.shape[-1]) if scale is None else scale,
     )  # fmt: skip
-    asked = in_force if implementation is None else implementation
     name = CHOICE.choose("scaled_dot_product_attention", call, asked, query.device.type)
     whole = all(tuple(x.shape) == four.shape for x, four in zip((query, key, value), (q, k, v), strict=True))
     return _Plan(call, name, batch, (h_q, h_kv, h_kv), whole, mask, leading)
