@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jax_power.mosaic_gpu import compat, tiles
-from jax_power.mosaic_gpu.chunked_update import COLUMNS, ROWS, TILE, TILED, WGMMA
+from jax_power.mosaic_gpu.chunked_update import COLUMNS, ROWS, TILE, TILED, WGMMA, release_loaded
 
 
 @jax.jit
@@ -114,7 +114,7 @@ def moments(x: Array, weight: Array, *, chunk: int, group: int) -> Array:
                 left = (compat.load(x_smem.at[slot], WGMMA).astype(jnp.float32) * of_token).astype(jnp.float16)
                 plgpu.wgmma(acc, left, x_smem.at[slot].transpose((1, 0)))
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(read)  # the next copy must not overtake the slowest warp's reads
+                release_loaded(read)  # the next copy must not overtake the slowest warp's reads
                 plgpu.barrier_wait(read)
                 pl.when(i + stages < count)(lambda: load(i + stages, slot))
 
