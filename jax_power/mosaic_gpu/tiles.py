@@ -122,7 +122,7 @@ STAGE_SPAN = 2
 # Moments: stages of the only ring.
 MOMENT_STAGES = 4
 # Scan: entries a block takes, eight a thread, and chunks it loads at once (device memory answers after a microsecond).
-SCAN_ENTRIES, SCAN_TOGETHER = 1024, 8
+SCAN_ENTRIES, SCAN_TOGETHER = 1024, 4
 
 
 def update(d: int, steps: int) -> Chunked:
