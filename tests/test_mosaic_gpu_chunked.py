@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 import jax_power
 from bridge import cases, spec
 from jax_power import ops
-from jax_power.mosaic_gpu import chunked, chunked_prepare, chunked_stage, power, tiles
+from jax_power.mosaic_gpu import chunked, chunked_bwd, chunked_prepare, chunked_stage, power, tiles
 from tests import mosaic_gpu_formulas
 from tests.mosaic_gpu_interpreted import interpreted
 
@@ -125,6 +125,31 @@ def test_around_the_kernels_matches_oracle(monkeypatch: pytest.MonkeyPatch, dtyp
     got = jax.jit(lambda x: run(case, x))(arrays)
     found = cases.errors({name: np.asarray(x) for name, x in got.items()}, case.exact(arrays), case, arrays["dy"])
     cases.assert_within(found, cases.bounds(dtype, "mosaic_gpu", case), case.name)
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_sums_of_gates_start_anew(monkeypatch: pytest.MonkeyPatch, state: bool) -> None:
+    """At the start of a segment, <S, dS> is what the sum over all tokens before is: five chunks in segments of two."""
+    mosaic_gpu_formulas.use(monkeypatch)
+    monkeypatch.setattr(tiles, "chunk_length", lambda t, size: 128)
+    case = Case("anchored", b=2, t=600, h_q=4, h_kv=2, d=16, e=24, initial_state=state, return_state=state)
+    arrays = case.make("bfloat16")
+    anchors = []
+    gate_gradient = chunked_bwd.gate_gradient
+
+    def differentiate(*arguments: Any, **options: Any) -> jax.Array:
+        anchors.append(arguments[4].shape[1])
+        return gate_gradient(*arguments, **options)
+
+    monkeypatch.setattr(chunked_bwd, "gate_gradient", differentiate)
+    want = jax.jit(lambda x: run(case, x))(arrays)
+    monkeypatch.setattr(tiles, "UNANCHORED", 2)
+    monkeypatch.setattr(tiles, "ANCHOR", 2)
+    got = jax.jit(lambda x: run(case, x))(arrays)
+    assert anchors == [1, 3]
+    assert cases.relative_error(got["dlog_g"], np.asarray(want["dlog_g"]).astype(np.float64)) < 5e-4
+    found = cases.errors({name: np.asarray(x) for name, x in got.items()}, case.exact(arrays), case, arrays["dy"])
+    cases.assert_within(found, cases.bounds("bfloat16", "mosaic_gpu", case), case.name)
 
 
 def test_vmap_becomes_part_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
