@@ -31,6 +31,23 @@ def moments(x: Array, weight: Array, *, chunk: int, group: int) -> Array:
     return _sum("hganc,hgjnc->hnaj", left, right)
 
 
+def scan(
+    x: Array, decay: Array, bound: Array, first: tuple[Array, Array] | None, walk: Array, largest: Array
+) -> tuple[Array, Array, Array]:
+    order = walk[0] + walk[1] * np.arange(x.shape[1])
+    start = (jnp.zeros_like(x[:, 0]), jnp.zeros((x.shape[0], 2))) if first is None else first
+
+    def step(carry: tuple[Array, Array], now: tuple[Array, ...]) -> tuple[Any, Any]:
+        (sums, bounds), (added, across, more) = carry, now
+        factors = jnp.where(bounds > 0, largest / jnp.where(bounds > 0, bounds, 1.0), 1.0)
+        before = (sums * factors[:, 1, None, None]).astype(jnp.float16), factors
+        return (sums * across[:, None, None] + added, bounds * across[:, None] + more[:, None]), before
+
+    (last, _), (before, factors) = lax.scan(step, start, tuple(jnp.moveaxis(y, 1, 0)[order] for y in (x, decay, bound)))
+    before, factors = (jnp.moveaxis(jnp.zeros_like(y).at[order].set(y), 0, 1) for y in (before, factors))
+    return before, last, factors
+
+
 def update(
     weighted: Array, x: Array, y: Array, decay: Array, factor: Array, first: Any, walk: Array, *,
     chunk_tiles: int, group: int, want_last: bool,
@@ -125,6 +142,7 @@ def gradient_kv(
 def use(patch: pytest.MonkeyPatch) -> None:
     """Put the formulas in the kernels' places."""
     patch.setattr(chunked_prepare, "stage", stage)
+    patch.setattr(chunked_prepare, "scan", scan)
     for module in (chunked_fwd, chunked_bwd):
         patch.setattr(module, "stage", stage)
         patch.setattr(module, "moments_of", moments)

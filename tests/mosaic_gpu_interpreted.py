@@ -29,7 +29,7 @@ class Interpreted:
         self.dtype = dtype
         self.wgmma = plgpu.wgmma
 
-    def kernel(self, body: Callable[..., None], *, scratch_types: Any, **options: Any) -> Callable[..., Any]:
+    def kernel(self, body: Callable[..., None], *, scratch_types: Any = (), **options: Any) -> Callable[..., Any]:
         consumers = options.get("num_threads", 2) - 1
         own = plgpu.SMEM((consumers, 2, 128, 128), self.dtype)
 

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 import jax_power
 from bridge import cases, spec
 from jax_power import ops
-from jax_power.mosaic_gpu import chunked, chunked_prepare, power, tiles
+from jax_power.mosaic_gpu import chunked, chunked_bwd, chunked_prepare, chunked_stage, power, tiles
 from tests import mosaic_gpu_formulas
 from tests.mosaic_gpu_interpreted import interpreted
 
@@ -53,11 +53,12 @@ def run(case: Case, arrays: dict[str, Any], kernels: Any = chunked) -> dict[str,
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Both dtypes and padded sizes, several chunks and one with states, groups, with and without normaliser.
-# Kernels: two stagings, moments, update, query, both gradients; with groups the first four once for queries, once for keys.
+# Kernels: two stagings, moments, scan, update, query, both gradients; with groups the stagings, moments and update once for
+# queries, once for keys.
 LOWERED = (
-    ("bfloat16", Case("wide", t=600, d=128, e=72), 7),
-    ("bfloat16", Case("two_chunks", t=1100, d=64, e=64), 7),
-    ("float16", Case("states", t=70, h_q=4, d=48, e=64, normalize=False, initial_state=True, return_state=True), 11),
+    ("bfloat16", Case("wide", t=600, d=128, e=72), 8),
+    ("bfloat16", Case("two_chunks", t=1100, d=64, e=64), 8),
+    ("float16", Case("states", t=70, h_q=4, d=48, e=64, normalize=False, initial_state=True, return_state=True), 12),
 )
 
 
@@ -126,6 +127,31 @@ def test_around_the_kernels_matches_oracle(monkeypatch: pytest.MonkeyPatch, dtyp
     cases.assert_within(found, cases.bounds(dtype, "mosaic_gpu", case), case.name)
 
 
+@pytest.mark.parametrize("state", [False, True])
+def test_sums_of_gates_start_anew(monkeypatch: pytest.MonkeyPatch, state: bool) -> None:
+    """At the start of a segment, <S, dS> is what the sum over all tokens before is: five chunks in segments of two."""
+    mosaic_gpu_formulas.use(monkeypatch)
+    monkeypatch.setattr(tiles, "chunk_length", lambda t, size: 128)
+    case = Case("anchored", b=2, t=600, h_q=4, h_kv=2, d=16, e=24, initial_state=state, return_state=state)
+    arrays = case.make("bfloat16")
+    anchors = []
+    gate_gradient = chunked_bwd.gate_gradient
+
+    def differentiate(*arguments: Any, **options: Any) -> jax.Array:
+        anchors.append(arguments[4].shape[1])
+        return gate_gradient(*arguments, **options)
+
+    monkeypatch.setattr(chunked_bwd, "gate_gradient", differentiate)
+    want = jax.jit(lambda x: run(case, x))(arrays)
+    monkeypatch.setattr(tiles, "UNANCHORED", 2)
+    monkeypatch.setattr(tiles, "ANCHOR", 2)
+    got = jax.jit(lambda x: run(case, x))(arrays)
+    assert anchors == [1, 3]
+    assert cases.relative_error(got["dlog_g"], np.asarray(want["dlog_g"]).astype(np.float64)) < 5e-4
+    found = cases.errors({name: np.asarray(x) for name, x in got.items()}, case.exact(arrays), case, arrays["dy"])
+    cases.assert_within(found, cases.bounds("bfloat16", "mosaic_gpu", case), case.name)
+
+
 def test_vmap_becomes_part_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     mosaic_gpu_formulas.use(monkeypatch)
     registered = ops.POWER["mosaic_gpu"]
@@ -167,7 +193,7 @@ def shard() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ops.POWER, "mosaic_gpu", ops.POWER["mosaic_gpu"]._replace(supports=lambda call, device: None))
         text = jax.jit(sharded).trace(inputs).lower(lowering_platforms=("cuda",)).as_text()
-        assert text.count("@mosaic_gpu_v2") == 11
+        assert text.count("@mosaic_gpu_v2") == 12
         jax.clear_caches()
         mosaic_gpu_formulas.use(patch)
         patch.setattr(tiles, "chunk_length", lambda t, size: 128)
@@ -196,19 +222,25 @@ def test_square_moments_are_the_public_state() -> None:
     np.testing.assert_array_equal(chunked_prepare.from_blocks(z, blocks)[..., 0], public[..., 0])
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_scans_of_chunks_are_the_recurrence(reverse: bool) -> None:
+def scan_interpreted() -> None:
+    """In both orders: fewer chunks than are loaded at once, as many, and more; from a first state or from nothing."""
     rng = np.random.default_rng(0)
-    for chunks in (1, 7, 65):  # one group, and one more than two levels of groups
-        log_decay, x = -20 * rng.random((2, chunks)) ** 4, rng.standard_normal((2, chunks, 3))
-        first = rng.standard_normal((2, 3))
-        before, state = np.zeros_like(x), first
-        for n in reversed(range(chunks)) if reverse else range(chunks):
-            before[:, n], state = state, np.exp2(log_decay[:, n, None]) * state + x[:, n]
-        inputs = [jnp.asarray(y, jnp.float32) for y in (log_decay, x, first)]
-        got = chunked_prepare.scan_chunks(*inputs, reverse=reverse)
-        np.testing.assert_allclose(got[0], before, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(got[1], state, rtol=1e-4, atol=1e-5)
+    for chunks, reverse, with_first in ((3, False, True), (8, True, False), (17, True, True)):
+        x, decay, bound = rng.standard_normal((2, chunks, 64, 64)), rng.random((2, chunks)), rng.random((2, chunks))
+        decay[:, chunks // 2] = 0.0
+        first = (rng.standard_normal((2, 64, 64)), rng.random((2, 2))) if with_first else None
+        inputs = jax.tree.map(lambda y: jnp.asarray(y, jnp.float32), (x, decay, bound, first))
+        walk = chunked_prepare.walk_of(inputs[1], reverse=reverse)
+        with interpreted(jnp.float16):
+            got = chunked_stage.scan(*inputs, walk, jnp.asarray([8.0, 2.0], jnp.float32))
+        want = mosaic_gpu_formulas.scan(*inputs, walk, jnp.asarray([8.0, 2.0], jnp.float32))
+        for y, exact in zip(got, want, strict=True):
+            assert cases.relative_error(y, np.asarray(exact).astype(np.float64)) < 1e-4
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="before JAX 0.12 no interpreter lets a last release go unseen")
+def test_scan_interpreted_is_the_recurrence() -> None:
+    in_a_process("scan_interpreted", NPROC="8")
 
 
 @pytest.mark.parametrize(

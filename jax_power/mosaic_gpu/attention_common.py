@@ -232,8 +232,14 @@ class Ring:
     def await_full(self, n: Array) -> None:
         plgpu.barrier_wait(self.full.at[self.slot(n)])
 
-    def release(self, n: Array) -> None:
-        """Releases tile n; nothing for the tile before the first."""
+    def release(self, n: Array, *, loaded: bool = False) -> None:
+        """Releases tile n; nothing for the tile before the first.
+
+        If parts of it were loaded into registers, a fence comes first: the copy engine writes the next tile through another
+        proxy than loads read through, and a barrier alone does not order the two. (Products read as the copy engine writes.)
+        """
+        if loaded:
+            plgpu.commit_smem()
 
         @pl.when(n >= 0)
         def _() -> None:

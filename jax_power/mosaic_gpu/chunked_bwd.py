@@ -23,7 +23,7 @@ from jax import Array, lax
 from bridge import spec
 from jax_power.mosaic_gpu import chunked_prepare as prepare
 from jax_power.mosaic_gpu import tiles
-from jax_power.mosaic_gpu.chunked_fwd import Saved
+from jax_power.mosaic_gpu.chunked_fwd import Saved, States
 from jax_power.mosaic_gpu.chunked_gradient_kv import KeyRows, QueryColumns, gradient_kv
 from jax_power.mosaic_gpu.chunked_gradient_q import QueryRows, gradient_q
 from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
@@ -207,7 +207,11 @@ def backward(
     row_unit = prepare.power_of_two(-exponent)
     parts = GateParts(column * unit[:, None], column_state * unit[:, None], row * row_unit, row_state * row_unit)
     start = jnp.zeros(z.heads) if s0 is None or ds0 is None else _state_product(z, s0, z0, ds0, dz0)
-    dlog_g = gate_gradient(call, z, log_g, parts, start, closed=ds is None)
+    starts = start[:, None]
+    if before is not None and behind is not None and z.chunks > tiles.UNANCHORED:
+        anchors = anchor_products(before, behind) * prepare.power_of_two(-rows.dy_exponent - keys.v_exponent)[:, None]
+        starts = jnp.concatenate((starts, anchors), 1)
+    dlog_g = gate_gradient(call, z, log_g, parts, starts, closed=ds is None)
     return dq, dk, dv, dlog_g, ds0, dz0
 
 
@@ -251,15 +255,31 @@ class GateParts(NamedTuple):
     row_state: Array
 
 
-def gate_gradient(call: spec.PowerCall, z: Sizes, log_g: Array, parts: GateParts, start: Array, *, closed: bool) -> Array:
+def anchor_products(before: States, behind: StateGradient) -> Array:
+    """<S, dS> + <M, dM> at the start of every `tiles.ANCHOR`-th chunk but the first, `[h, anchors]`: what the gates' gradient
+    is there, without a sum over tokens.
+    """
+
+    def product(x: Array, unit: Array, dx: Array, dx_unit: Array) -> Array:
+        ahead, back = slice(tiles.ANCHOR, None, tiles.ANCHOR), slice(tiles.ANCHOR - 1, -1, tiles.ANCHOR)
+        inner = (x[:, ahead].astype(jnp.float32) * dx[:, back].astype(jnp.float32)).sum(tuple(range(2, x.ndim)))
+        return inner * unit[:, ahead] * dx_unit[:, back]
+
+    of_states = product(before.states, before.state_unit, behind.states, behind.state_unit)
+    of_moments = product(before.moments, before.moment_unit, behind.moments, behind.moment_unit)
+    return (of_states + of_moments) * 2.0**-STATE_GRADIENT_SHIFT
+
+
+def gate_gradient(call: spec.PowerCall, z: Sizes, log_g: Array, parts: GateParts, starts: Array, *, closed: bool) -> Array:
     """dlog_g_l = <ds0, s0> + <dz0, z0> + Σ_{j < l} (½ <k_j, dk_j> − row part of j): what tokens before l gave to later rows,
-    less what their own rows took. With the normaliser the row part, <dnum, num> + dden · den, is 0.
+    less what their own rows took. With the normaliser the row part, <dnum, num> + dden · den, is 0. `starts` is the sum as
+    known at the first chunk and at every `tiles.ANCHOR`-th after it, `[h, segments]`.
 
     Summed over all of t, rounding errors would grow with √t. So chunk ends come from the parts through the state alone, to
     which pairs inside a chunk add nothing; the last of them is 0 when no gradient arrives behind it (`closed`), and what
-    misses 0 is spread over the chunks. Between two chunk ends the full terms are summed, and what misses the second end is
-    spread over the chunk. Gates that cut (mixed with weak ones, where sums over a chunk would drown the few pairs behind each)
-    start the sum anew at 0.
+    misses 0, or the start of the next segment, is spread over the segment's chunks. Between two chunk ends the full terms are
+    summed, and what misses the second end is spread over the chunk. Gates that cut (mixed with weak ones, where sums over a
+    chunk would drown the few pairs behind each) start the sum anew at 0.
     """
 
     def grouped(x: Array) -> Array:
@@ -272,9 +292,16 @@ def gate_gradient(call: spec.PowerCall, z: Sizes, log_g: Array, parts: GateParts
     cuts = prepare.rows_of(z, log_g).reshape(z.heads, z.chunks, z.chunk_tiles, TILE) < CUT
 
     of_chunk = state_terms.sum(2)
-    ends = start[:, None] + jnp.cumsum(of_chunk, 1)
-    correction = -ends[:, -1:] / z.chunks * closed
-    before = ends - of_chunk + correction * np.arange(z.chunks)
+    segments = starts.shape[1]
+    length = z.chunks if segments == 1 else tiles.ANCHOR
+    of_segment = jnp.pad(of_chunk, ((0, 0), (0, segments * length - z.chunks))).reshape(z.heads, segments, length)
+    upto = jnp.cumsum(of_segment, 2)
+    ends = starts + upto[..., -1]
+    known = jnp.concatenate((starts[:, 1:], 0.0 * ends[:, -1:] if closed else ends[:, -1:]), 1)
+    counts = np.minimum(z.chunks - np.arange(segments) * length, length)
+    correction = ((known - ends) / counts)[..., None]
+    before = starts[..., None] + upto - of_segment + correction * np.arange(length)
+    before, correction = (x.reshape(z.heads, -1)[:, : z.chunks] for x in (before, jnp.broadcast_to(correction, upto.shape)))
     lengths = np.clip(z.t - np.arange(z.chunks) * z.chunk, 1, z.chunk)
     missing = (of_chunk + correction - terms.sum(2)) / lengths
     missing = jnp.where(cuts.any((2, 3)), 0.0, missing)

@@ -28,7 +28,7 @@ from jax_power.mosaic_gpu import compat, tiles
 from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
 from jax_power.mosaic_gpu.chunked_stage import moments as moments_of
 from jax_power.mosaic_gpu.chunked_stage import stage
-from jax_power.mosaic_gpu.chunked_update import BLOCK, COLUMNS, ROWS, TILE, TILED, WGMMA, update, walk_of
+from jax_power.mosaic_gpu.chunked_update import BLOCK, COLUMNS, ROWS, TILE, TILED, WGMMA, release_loaded, update, walk_of
 
 # Swizzle of state tiles: a product's depth is a multiple of its width, here the 16 features of a block.
 NARROW = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))
@@ -89,11 +89,12 @@ def query(
     d, e, row = z.padded, z.padded, tiles.query(z.padded)
     groups, stages, key_stages, together = row.groups, row.stages, row.tile_stages, row.together
     score, blocks, has_states, steps = 2.0**z.score_exponent, z.chunk // (groups * TILE), states is not None, BLOCK // together
+    vectors = [gates.tile_prefix, *(x for x in (state_row, moment_row) if x is not None)]
 
     def query_kernel(q_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
-        prefix_gmem, decay_gmem, total_gmem, finish_gmem, *others = refs
+        decay_gmem, total_gmem, finish_gmem, rows_gmem, *others = refs
         if has_states:
-            states_gmem, moments_gmem, state_row_gmem, moment_row_gmem, *others = others
+            states_gmem, moments_gmem, *others = others
         y_gmem, norm_gmem, scratch = others
         q_smem, factors_smem, vectors_smem, state_smem, k_smem, v_smem, decay_smem, *barriers = scratch
         rows_full, state_full, state_empty, keys_full, keys_empty = barriers
@@ -114,11 +115,9 @@ def query(
             token = chunk * z.chunk + own_tile * TILE
             here, mine = pl.ds(token, TILE), rows_full.at[thread]
             plgpu.copy_gmem_to_smem(q_gmem.at[q_head, :, here], q_smem.at[thread], mine)
-            plgpu.copy_gmem_to_smem(prefix_gmem.at[head, here], vectors_smem.at[thread, 0], mine)
+            plgpu.copy_gmem_to_smem(rows_gmem.at[:, head, here], vectors_smem.at[thread, pl.ds(0, len(vectors))], mine)
             if has_states:
                 plgpu.copy_gmem_to_smem(q_gmem.at[q_head, :, here], factors_smem.at[thread], mine)
-                plgpu.copy_gmem_to_smem(state_row_gmem.at[head, here], vectors_smem.at[thread, 1], mine)
-                plgpu.copy_gmem_to_smem(moment_row_gmem.at[head, here], vectors_smem.at[thread, 2], mine)
             plgpu.barrier_wait(mine)
 
             def row_vector(n: int) -> Array:
@@ -226,7 +225,7 @@ def query(
                 )
                 den = den + p.sum(axis=1)
                 acc = add_values(acc, p, slot)
-                plgpu.barrier_arrive(keys_empty.at[slot])
+                release_loaded(keys_empty.at[slot])
                 return acc, den, reach * total_gmem[head, chunk * z.chunk_tiles + tile]
 
             reach = jnp.exp2(prefix) * (score * lift)
@@ -278,9 +277,9 @@ def query(
                 pl.when(i >= key_stages)(lambda: plgpu.barrier_wait(keys_empty.at[lax.rem(i, jnp.int32(key_stages))]))
                 load_keys(i)
 
-    arrays: list[Any] = [q, keys.k, keys.v, gates.tile_prefix, gates.tile_decay, gates.tile_total, finish]
+    arrays: list[Any] = [q, keys.k, keys.v, gates.tile_decay, gates.tile_total, finish, jnp.stack(vectors)]
     if has_states:
-        arrays += [states, moments, state_row, moment_row]
+        arrays += [states, moments]
     run = compat.kernel(
         query_kernel,
         out_type=[
@@ -296,7 +295,7 @@ def query(
                 plgpu.SMEM((key_stages, d, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((key_stages, e, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((key_stages, TILE), jnp.float32),
-                plgpu.Barrier(num_arrivals=5 if has_states else 2, num_barriers=groups),
+                plgpu.Barrier(num_arrivals=3 if has_states else 2, num_barriers=groups),
                 plgpu.Barrier(num_arrivals=together, num_barriers=stages),
                 plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
                 plgpu.Barrier(num_arrivals=3, num_barriers=key_stages),

@@ -26,7 +26,7 @@ from jax_power.mosaic_gpu import compat, tiles
 from jax_power.mosaic_gpu.chunked_fwd import NARROW, decay_on_diagonal, load_fragments, store_rows
 from jax_power.mosaic_gpu.chunked_gradient_q import HALF_MAX, load_matrices
 from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
-from jax_power.mosaic_gpu.chunked_update import BLOCK, COLUMNS, ROWS, TILE, TILED, WGMMA
+from jax_power.mosaic_gpu.chunked_update import BLOCK, COLUMNS, ROWS, TILE, TILED, WGMMA, release_loaded
 
 
 class KeyRows(NamedTuple):
@@ -78,11 +78,9 @@ def gradient_kv(
     vectors = [gates.tile_prefix, gates.tile_decay, *(rows if has_states else ())]
 
     def gradient_kv_kernel(q_gmem: Any, dy_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
-        h_gmem, h_decayed_gmem, mean_gmem, total_gmem, finish_gmem, *inputs = refs
-        vectors_gmem = inputs[: len(vectors)]
-        held: Any = inputs[len(vectors) : len(vectors) + 2] if has_states else (None, None)
-        states_gmem, moments_gmem = held
-        dk_gmem, dv_gmem, all_gmem, part_gmem, scratch = inputs[-5:]
+        columns_gmem, total_gmem, finish_gmem, rows_gmem, *others = refs
+        states_gmem, moments_gmem = others[:2] if has_states else (None, None)
+        dk_gmem, dv_gmem, sums_gmem, scratch = others[-4:]
         k_smem, v_smem, factors_smem, vectors_smem, state_smem, q_smem, dy_smem, columns_smem, *others = scratch
         rows_full, state_full, state_empty, queries_full, queries_empty = others[-5:]
         item, thread = lax.axis_index("item"), lax.axis_index("warpgroup")
@@ -101,8 +99,7 @@ def gradient_kv(
             here, mine = pl.ds(chunk * z.chunk + own_tile * TILE, TILE), rows_full.at[thread]
             plgpu.copy_gmem_to_smem(k_gmem.at[head, :, here], k_smem.at[thread], mine)
             plgpu.copy_gmem_to_smem(v_gmem.at[head, :, here], v_smem.at[thread], mine)
-            for n, vector in enumerate(vectors_gmem):
-                plgpu.copy_gmem_to_smem(vector.at[head, here], vectors_smem.at[thread, n], mine)
+            plgpu.copy_gmem_to_smem(rows_gmem.at[:, head, here], vectors_smem.at[thread, pl.ds(0, len(vectors))], mine)
             if has_states:
                 plgpu.copy_gmem_to_smem(k_gmem.at[head, :, here], factors_smem.at[thread], mine)
                 plgpu.copy_gmem_to_smem(moments_gmem.at[head, chunk], others[0].at[thread], mine)
@@ -175,7 +172,7 @@ def gradient_kv(
                 part = row_products(dk)
             else:
                 part = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS)
-            vectors_smem.at[thread, len(vectors)][...] = 0.5 * part
+            vectors_smem.at[thread, len(vectors) + 1][...] = 0.5 * part
 
             def products(slot: Any) -> tuple[Array, Array]:
                 """Scores and <v^, D> of this warpgroup's keys with a tile of queries."""
@@ -216,7 +213,7 @@ def gradient_kv(
                 x = s * column(slot, 0) * decay_on_diagonal(prefix, of_query, rows_first=False) * p_scale
                 ds = jnp.maximum(jnp.minimum(x * (dp - column(slot, 2)) * to_ds, HALF_MAX), -HALF_MAX)
                 dk, dv = add_queries(dk, dv, ds, x * s, slot)
-                plgpu.barrier_arrive(queries_empty.at[slot])
+                release_loaded(queries_empty.at[slot])
 
                 def later_tile(tile: Any, carry: Any) -> Any:
                     dk, dv, reach = carry
@@ -225,22 +222,22 @@ def gradient_kv(
                     s, dp = products(slot)
                     x = s * (column(slot, 1) * spread(reach))
                     dk, dv = add_queries(dk, dv, x * (dp - column(slot, 2)) * to_ds, x * s, slot)
-                    plgpu.barrier_arrive(queries_empty.at[slot])
+                    release_loaded(queries_empty.at[slot])
                     return dk, dv, reach * total_gmem[head, chunk * z.chunk_tiles + tile]
 
                 dk, dv, _ = lax.fori_loop(own_tile + 1, z.chunk_tiles, later_tile, (dk, dv, to_end * p_scale))
                 return dk, dv
 
             dk, dv = lax.fori_loop(0, z.group, head_tiles, (dk, dv))
-            vectors_smem.at[thread, 0][...] = 0.5 * row_products(dk)
+            vectors_smem.at[thread, len(vectors)][...] = 0.5 * row_products(dk)
             results = [
                 lax.bitcast_convert_type((x * finish_gmem[n, head]).astype(out_dtype), jnp.float16)
                 for n, x in enumerate((dk, dv))
             ]
             for result, own_smem, result_gmem in zip(results, (k_smem, v_smem), (dk_gmem, dv_gmem), strict=True):
                 store_rows(result, own_smem.at[thread], result_gmem.at[batch, here, own_head])
-            plgpu.copy_smem_to_gmem(vectors_smem.at[thread, 0], all_gmem.at[head, here])
-            plgpu.copy_smem_to_gmem(vectors_smem.at[thread, len(vectors)], part_gmem.at[head, here])
+            sums_smem = vectors_smem.at[thread, pl.ds(len(vectors), 2)]
+            plgpu.copy_smem_to_gmem(sums_smem, sums_gmem.at[:, head, here])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(thread == groups)
@@ -253,8 +250,7 @@ def gradient_kv(
                 token = pl.ds(chunk * z.chunk + (first_tile + lax.rem(i, query_tiles)) * TILE, TILE)
                 plgpu.copy_gmem_to_smem(q_gmem.at[q_head, :, token], q_smem.at[slot], queries_full.at[slot])
                 plgpu.copy_gmem_to_smem(dy_gmem.at[q_head, :, token], dy_smem.at[slot], queries_full.at[slot])
-                for n, vector in enumerate((h_gmem, h_decayed_gmem, mean_gmem)):
-                    plgpu.copy_gmem_to_smem(vector.at[q_head, token], columns_smem.at[slot, n], queries_full.at[slot])
+                plgpu.copy_gmem_to_smem(columns_gmem.at[:, q_head, token], columns_smem.at[slot], queries_full.at[slot])
 
             first_queries = min(query_stages, groups)  # the last block has `groups` tiles
             for i in range(first_queries):
@@ -268,32 +264,30 @@ def gradient_kv(
                 pl.when(i >= query_stages)(lambda: plgpu.barrier_wait(queries_empty.at[lax.rem(i, jnp.int32(query_stages))]))
                 load_queries(i)
 
-    arrays = [q, dy, keys.k, keys.v, *columns, gates.tile_total, finish, *vectors]
+    arrays = [q, dy, keys.k, keys.v, jnp.stack(columns), gates.tile_total, finish, jnp.stack(vectors)]
     arrays += [states, moments] if has_states else []
-    float_rows = jax.ShapeDtypeStruct((z.heads, z.tokens), jnp.float32)
     run = compat.kernel(
         gradient_kv_kernel,
         out_type=[
             jax.ShapeDtypeStruct((z.b, z.tokens, z.h_kv, d), jnp.float16),
             jax.ShapeDtypeStruct((z.b, z.tokens, z.h_kv, e), jnp.float16),
-            float_rows,
-            float_rows,
+            jax.ShapeDtypeStruct((2, z.heads, z.tokens), jnp.float32),
         ],
         scratch_types=[
             (
                 plgpu.SMEM((groups, d, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((groups, e, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((groups, d, TILE), jnp.float16),
-                plgpu.SMEM((groups, len(vectors) + 1, TILE), jnp.float32),
+                plgpu.SMEM((groups, len(vectors) + 2, TILE), jnp.float32),
                 plgpu.SMEM((stages, d, e), jnp.float16, transforms=NARROW),
                 plgpu.SMEM((query_stages, d, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((query_stages, e, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((query_stages, 3, TILE), jnp.float32),
                 *([plgpu.SMEM((groups, d, d), jnp.float16, transforms=TILED)] if has_states else []),
-                plgpu.Barrier(num_arrivals=2 + len(vectors) + 2 * has_states, num_barriers=groups),
+                plgpu.Barrier(num_arrivals=3 + 2 * has_states, num_barriers=groups),
                 plgpu.Barrier(num_barriers=stages),
                 plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
-                plgpu.Barrier(num_arrivals=5, num_barriers=query_stages),
+                plgpu.Barrier(num_arrivals=3, num_barriers=query_stages),
                 plgpu.Barrier(num_arrivals=groups, num_barriers=query_stages),
             )
         ],
@@ -302,5 +296,5 @@ def gradient_kv(
         num_threads=groups + 1,
         thread_name="warpgroup",
     )
-    dk, dv, all_rows, part = run(*arrays)
+    dk, dv, (all_rows, part) = run(*arrays)
     return lax.bitcast_convert_type(dk, out_dtype), lax.bitcast_convert_type(dv, out_dtype), all_rows, part

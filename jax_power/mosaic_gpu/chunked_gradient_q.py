@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax_power.mosaic_gpu import compat, tiles
 from jax_power.mosaic_gpu.chunked_fwd import decay_on_diagonal, load_fragments, store_rows
 from jax_power.mosaic_gpu.chunked_prepare import Gates, Keys, Sizes
-from jax_power.mosaic_gpu.chunked_update import COLUMNS, ROWS, TILE, TILED, WGMMA
+from jax_power.mosaic_gpu.chunked_update import COLUMNS, ROWS, TILE, TILED, WGMMA, release_loaded
 
 HALF_MAX = 65504.0
 
@@ -85,14 +85,14 @@ def gradient_q(
     d, e, row = z.padded, z.padded, tiles.gradient(z.padded)
     groups, stages, key_stages = row.groups, row.stages, row.tile_stages
     blocks, has_states = z.chunk // (groups * TILE), states is not None
-    vectors = [rows.h, rows.mean, rows.finish, *((rows.state, rows.moment, rows.mass) if has_states else ())]
+    prefix_rows = jnp.repeat(gates.tile_prefix, z.group, axis=0)
+    vectors = [prefix_rows, rows.h, rows.mean, rows.finish, *((rows.state, rows.moment, rows.mass) if has_states else ())]
 
     def gradient_q_kernel(
-        q_gmem: Any, dy_gmem: Any, k_gmem: Any, v_gmem: Any, prefix_gmem: Any, decay_gmem: Any, total_gmem: Any, *refs: Any
+        q_gmem: Any, dy_gmem: Any, k_gmem: Any, v_gmem: Any, decay_gmem: Any, total_gmem: Any, rows_gmem: Any, *refs: Any
     ) -> None:
-        vectors_gmem, refs = refs[: len(vectors)], refs[len(vectors) :]
         states_gmem, moments_gmem = refs[:2] if has_states else (None, None)
-        dq_gmem, mean_gmem, part_gmem, scratch = refs[-4:]
+        dq_gmem, sums_gmem, scratch = refs[-3:]
         q_smem, factors_smem, dy_smem, vectors_smem, state_smem, k_smem, v_smem, decay_smem, *others = scratch
         rows_full, state_full, state_empty, keys_full, keys_empty = others[-5:]
         item, thread = lax.axis_index("item"), lax.axis_index("warpgroup")
@@ -111,14 +111,12 @@ def gradient_q(
             here, mine = pl.ds(token, TILE), rows_full.at[thread]
             plgpu.copy_gmem_to_smem(q_gmem.at[q_head, :, here], q_smem.at[thread], mine)
             plgpu.copy_gmem_to_smem(dy_gmem.at[q_head, :, here], dy_smem.at[thread], mine)
-            plgpu.copy_gmem_to_smem(prefix_gmem.at[head, here], vectors_smem.at[thread, 0], mine)
-            for n, vector in enumerate(vectors_gmem):
-                plgpu.copy_gmem_to_smem(vector.at[q_head, here], vectors_smem.at[thread, 1 + n], mine)
+            plgpu.copy_gmem_to_smem(rows_gmem.at[:, q_head, here], vectors_smem.at[thread], mine)
             if has_states:
                 plgpu.copy_gmem_to_smem(q_gmem.at[q_head, :, here], factors_smem.at[thread], mine)
                 plgpu.copy_gmem_to_smem(moments_gmem.at[head, chunk], others[0].at[thread], mine)
             plgpu.barrier_wait(mine)
-            prefix, h, mean, finish, *through = (compat.load(vectors_smem.at[thread, n], ROWS) for n in range(1 + len(vectors)))
+            prefix, h, mean, finish, *through = (compat.load(vectors_smem.at[thread, n], ROWS) for n in range(len(vectors)))
             first_mean = mean
 
             def spread(x: Array, width: int) -> Array:
@@ -210,7 +208,7 @@ def gradient_q(
                 s, dp = products(slot)
                 of_keys = lax.broadcast_in_dim(compat.load(decay_smem.at[slot], COLUMNS), (TILE, TILE), [1])
                 dq = add_keys(dq, s * (dp - spread(mean, TILE)) * (spread(reach, TILE) * of_keys), slot)
-                plgpu.barrier_arrive(keys_empty.at[slot])
+                release_loaded(keys_empty.at[slot])
                 return dq, reach * total_gmem[head, chunk * z.chunk_tiles + tile]
 
             dq, _ = lax.fori_loop(0, own_tile, earlier_tile, (dq, reach * jnp.exp2(prefix)))
@@ -226,8 +224,7 @@ def gradient_q(
             vectors_smem.at[thread, 1][...] = part
             result = lax.bitcast_convert_type((dq * spread(finish, d)).astype(out_dtype), jnp.float16)
             store_rows(result, q_smem.at[thread], dq_gmem.at[batch, here, own_head])
-            plgpu.copy_smem_to_gmem(vectors_smem.at[thread, 0], mean_gmem.at[q_head, here])
-            plgpu.copy_smem_to_gmem(vectors_smem.at[thread, 1], part_gmem.at[q_head, here])
+            plgpu.copy_smem_to_gmem(vectors_smem.at[thread, pl.ds(0, 2)], sums_gmem.at[:, q_head, here])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(thread == groups)
@@ -251,24 +248,26 @@ def gradient_q(
                 pl.when(i >= key_stages)(lambda: plgpu.barrier_wait(keys_empty.at[lax.rem(i, jnp.int32(key_stages))]))
                 load_keys(i)
 
-    arrays = [q, dy, keys.k, keys.v, gates.tile_prefix, gates.tile_decay, gates.tile_total, *vectors]
+    arrays = [q, dy, keys.k, keys.v, gates.tile_decay, gates.tile_total, jnp.stack(vectors)]
     arrays += [states, moments] if has_states else []
-    float_rows = jax.ShapeDtypeStruct((z.q_heads, z.tokens), jnp.float32)
     run = compat.kernel(
         gradient_q_kernel,
-        out_type=[jax.ShapeDtypeStruct((z.b, z.tokens, z.h_q, d), jnp.float16), float_rows, float_rows],
+        out_type=[
+            jax.ShapeDtypeStruct((z.b, z.tokens, z.h_q, d), jnp.float16),
+            jax.ShapeDtypeStruct((2, z.q_heads, z.tokens), jnp.float32),
+        ],
         scratch_types=[
             (
                 plgpu.SMEM((groups, d, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((groups, d, TILE), jnp.float16),
                 plgpu.SMEM((groups, e, TILE), jnp.float16, transforms=TILED),
-                plgpu.SMEM((groups, 1 + len(vectors), TILE), jnp.float32),
+                plgpu.SMEM((groups, len(vectors), TILE), jnp.float32),
                 plgpu.SMEM((stages, d, e), jnp.float16, transforms=TILED),
                 plgpu.SMEM((key_stages, d, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((key_stages, e, TILE), jnp.float16, transforms=TILED),
                 plgpu.SMEM((key_stages, TILE), jnp.float32),
                 *([plgpu.SMEM((groups, d, d), jnp.float16, transforms=TILED)] if has_states else []),
-                plgpu.Barrier(num_arrivals=3 + len(vectors) + 2 * has_states, num_barriers=groups),
+                plgpu.Barrier(num_arrivals=3 + 2 * has_states, num_barriers=groups),
                 plgpu.Barrier(num_barriers=stages),
                 plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
                 plgpu.Barrier(num_arrivals=3, num_barriers=key_stages),
@@ -280,5 +279,5 @@ def gradient_q(
         num_threads=groups + 1,
         thread_name="warpgroup",
     )
-    dq, mean, part = run(*arrays)
+    dq, (mean, part) = run(*arrays)
     return lax.bitcast_convert_type(dq, out_dtype), mean, part

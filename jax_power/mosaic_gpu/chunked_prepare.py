@@ -18,12 +18,10 @@ from jax import Array, lax
 
 from bridge import spec
 from jax_power.mosaic_gpu import tiles
-from jax_power.mosaic_gpu.chunked_stage import stage
-from jax_power.mosaic_gpu.chunked_update import BLOCK, TILE
+from jax_power.mosaic_gpu.chunked_stage import scan, stage
+from jax_power.mosaic_gpu.chunked_update import BLOCK, TILE, walk_of
 
 LOG2_E = 1.4426950408889634
-# Chunks that a scan sums at once: two levels serve 64 chunks (a scan by pairs is a dozen launches of microseconds).
-SCAN_GROUP = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,23 +125,6 @@ def sum_gates(z: Sizes, log_g: Array | None) -> Gates:
     )  # fmt: skip
 
 
-def scan_chunks(log_decay: Array, x: Array, first: Array | None, *, reverse: bool = False) -> tuple[Array, Array]:
-    """S ← 2^(log_decay_n) S + x_n: S before every chunk (behind it, if `reverse`) `[h, chunks, …]`, and after all `[h, …]`.
-
-    Decays between chunks are exponentials of their own sums, never ratios.
-    """
-    h, n = log_decay.shape
-    if reverse:
-        log_decay, x = jnp.flip(log_decay, 1), jnp.flip(x, 1)
-    after = _scan(log_decay, x.reshape(h, n, -1))
-    start = jnp.zeros_like(after[:, :1]) if first is None else first.reshape(h, 1, -1)
-    if first is not None:
-        after = after + jnp.exp2(_partial_sums(log_decay)[0])[..., None] * start
-    states = jnp.concatenate((start, after), 1).reshape(h, n + 1, *x.shape[2:])
-    before, last = states[:, :-1], states[:, -1]
-    return (jnp.flip(before, 1) if reverse else before), last
-
-
 class Moments(NamedTuple):
     """Moments before every chunk of a walk, float16 `[h, chunks, d, d]`, and after all, float32 `[h, d, d]`.
 
@@ -161,46 +142,19 @@ def scan_moments(
     log_decay: Array, x: Array, bound: Array, first: Array | None, largest: tuple[Array, Array] | None,
     bits: tuple[int, int], *, reverse: bool = False,
 ) -> Moments:  # fmt: skip
-    """Scans moments together with the bounds of states and moments: one scan is half the XLA kernels of two.
+    """Scans moments together with the bounds of states and moments.
 
     Args:
       x, bound: of every chunk, `[h, chunks, d, d]` and `[h, chunks]`.
       first, largest: the first moments, and the largest entries of first state and moments `[h]`; None is zero.
       bits: entries of states and of moments are below bound · 2^bits.
     """
-    h, n, d = x.shape[:3]
-    columns = jnp.concatenate((x.reshape(h, n, -1), bound[..., None], bound[..., None]), 2)
     start = None
     if first is not None and largest is not None:
-        ends = [(most * 2.0**-power)[:, None] for most, power in zip(largest, bits, strict=True)]
-        start = jnp.concatenate((first.reshape(h, -1), *ends), 1)
-    before, last = scan_chunks(log_decay, columns, start, reverse=reverse)
-    state_factor, moment_factor = (state_factor_of(before[..., i - 2], power) for i, power in enumerate(bits))
-    moments = before[..., :-2].reshape(h, n, d, d) * moment_factor[..., None, None]
-    return Moments(moments.astype(jnp.float16), last[:, :-2].reshape(h, d, d), state_factor, moment_factor)
-
-
-def _scan(log_decay: Array, x: Array) -> Array:
-    """S after every chunk, from nothing, `[h, n, size]`: sums over up to `SCAN_GROUP` chunks, then a scan of the groups' ends.
-
-    Sums, which XLA fuses: as a product with the matrix of decays it would be tuned, a part of the first call's seconds.
-    """
-    h, n, size = x.shape
-    group = min(n, SCAN_GROUP)
-    groups = -(-n // group)
-    padding = groups * group - n
-    log_decay = jnp.pad(log_decay, ((0, 0), (0, padding))).reshape(h, groups, group)
-    x = jnp.pad(x, ((0, 0), (0, padding), (0, 0))).reshape(h, groups, 1, group, size)
-    to, of, step = np.ogrid[:group, :group, :group]
-    between = jnp.where((of < step) & (step <= to), log_decay[:, :, None, None], 0.0).sum(-1)
-    decay = jnp.where(np.tri(group, dtype=bool), jnp.exp2(between), 0.0)
-    after = (decay[..., None] * x).sum(3)
-    if groups > 1:
-        upto = _partial_sums(log_decay)[0]
-        ends = _scan(upto[..., -1], after[:, :, -1])
-        before = jnp.pad(ends[:, :-1], ((0, 0), (1, 0), (0, 0)))
-        after = after + jnp.exp2(upto)[..., None] * before[:, :, None]
-    return after.reshape(h, -1, size)[:, :n]
+        start = first, jnp.stack([most * 2.0**-power for most, power in zip(largest, bits, strict=True)], 1)
+    most = jnp.zeros_like(bound, shape=(2,)) + np.float32([2.0 ** (tiles.STATE_RANGE - power) for power in bits])
+    moments, last, factors = scan(x, jnp.exp2(log_decay), bound, start, walk_of(log_decay, reverse=reverse), most)
+    return Moments(moments, last, factors[..., 0], factors[..., 1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,8 +266,3 @@ def from_blocks(z: Sizes, blocks: tuple[Array, ...]) -> Array:
     whole = [jnp.pad(x, ((0, 0), (0, 0), (0, 0), (z.padded - x.shape[3], 0))) for x in blocks]
     square = jnp.swapaxes(jnp.concatenate(whole, 1), 2, 3)
     return from_square(z, square)[..., : z.e]
-
-
-def state_factor_of(bound: Array, bits: int) -> Array:
-    """What brings a state whose entries are below bound · 2^bits into float16's range; 1 where the bound is 0."""
-    return jnp.where(bound > 0, 2.0 ** (tiles.STATE_RANGE - bits) / jnp.where(bound > 0, bound, 1.0), 1.0)

@@ -12,6 +12,7 @@ first call takes, kernels take most).
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jax_power.mosaic_gpu import compat, tiles
-from jax_power.mosaic_gpu.chunked_update import COLUMNS, ROWS, TILE, TILED, WGMMA
+from jax_power.mosaic_gpu.chunked_update import COLUMNS, ROWS, TILE, TILED, WGMMA, release_loaded
 
 
 @jax.jit
@@ -114,7 +115,7 @@ def moments(x: Array, weight: Array, *, chunk: int, group: int) -> Array:
                 left = (compat.load(x_smem.at[slot], WGMMA).astype(jnp.float32) * of_token).astype(jnp.float16)
                 plgpu.wgmma(acc, left, x_smem.at[slot].transpose((1, 0)))
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(read)  # the next copy must not overtake the slowest warp's reads
+                release_loaded(read)  # the next copy must not overtake the slowest warp's reads
                 plgpu.barrier_wait(read)
                 pl.when(i + stages < count)(lambda: load(i + stages, slot))
 
@@ -134,3 +135,77 @@ def moments(x: Array, weight: Array, *, chunk: int, group: int) -> Array:
         grid=(heads // group * chunks,),
         grid_names=("item",),
     )(x, weight)
+
+
+@jax.jit
+def scan(
+    x: Array, decay: Array, bound: Array, first: tuple[Array, Array] | None, walk: Array, largest: Array
+) -> tuple[Array, Array, Array]:
+    """M ← decay · M + x chunk after chunk: M before every chunk, after all, and what brings states and M into float16's range.
+
+    Args:
+      x: float32 `[h, chunks, d, d]`.
+      decay, bound: float32 `[h, chunks]`. The same scan of `bound` bounds states and moments, in units of their own.
+      first: the first M `[h, d, d]`, and the bounds to start from, of states and of moments `[h, 2]`; None is zero.
+      walk: the order of the chunks, as `walk_of` gives it.
+      largest: what a bound of states and one of moments is brought to, float32 `[2]`.
+    Returns:
+      Float16 `[h, chunks, d, d]`, already multiplied by its factor; float32 `[h, d, d]`; both factors, `[h, chunks, 2]`.
+    """
+    h, chunks, d = x.shape[:3]
+    size, together = tiles.SCAN_ENTRIES, min(tiles.SCAN_TOGETHER, chunks)
+    parts, layout = d * d // size, plgpu.Layout.WG_STRIDED((size,), vec_size=8)
+
+    def scan_kernel(x_gmem: Any, decay_gmem: Any, bound_gmem: Any, walk_gmem: Any, largest_gmem: Any, *refs: Any) -> None:
+        first_gmem, (moments_gmem, last_gmem, factors_gmem) = refs[:-3], refs[-3:]
+        item = lax.axis_index("item")
+        part, head = lax.rem(item, jnp.int32(parts)), lax.div(item, jnp.int32(parts))
+        here = pl.ds(part * size, size)
+        first_chunk, stride = walk_gmem[0], walk_gmem[1]
+        largest = [largest_gmem[n] for n in range(2)]
+
+        def load(ref: Any) -> Array:
+            return compat.load(ref, layout, optimized=False)
+
+        def store_factors(chunk: Any, factors: Sequence[Array]) -> None:
+            for n, factor in enumerate(factors):
+                every = lax.broadcast_in_dim(factor, (TILE,), ())
+                factors_gmem.at[head, chunk, n][...] = plgpu.layout_cast(every, ROWS)
+
+        def steps(count: int, i: Any, carry: Any) -> Any:
+            """`count` chunks, all loaded before any is needed."""
+            sums, bounds = carry
+            order = [first_chunk + (i * count + n) * stride for n in range(count)]
+            loaded = [(load(x_gmem.at[head, n, here]), decay_gmem[head, n], bound_gmem[head, n]) for n in order]
+            for chunk, (added, across, more) in zip(order, loaded, strict=True):
+                factors = [_factor(bound, most) for bound, most in zip(bounds, largest, strict=True)]
+                moments_gmem.at[head, chunk, here][...] = (sums * factors[1]).astype(jnp.float16)
+                pl.when(part == 0)(functools.partial(store_factors, chunk, factors))
+                sums, bounds = sums * across + added, [bound * across + more for bound in bounds]
+            return sums, bounds
+
+        carry = plgpu.layout_cast(jnp.zeros((size,), jnp.float32), layout), [jnp.float32(0.0)] * 2
+        if first_gmem:  # added to zeros: JAX counts what was loaded as varying over a mesh, but not the sums of a loop
+            carry = carry[0] + load(first_gmem[0].at[head, here]), [x + first_gmem[1][head, n] for n, x in enumerate(carry[1])]
+        whole = chunks // together
+        carry = lax.fori_loop(0, whole, functools.partial(steps, together), carry)
+        if whole * together < chunks:
+            carry = lax.fori_loop(whole * together, chunks, functools.partial(steps, 1), carry)
+        last_gmem.at[head, here][...] = carry[0]
+
+    moments, last, factors = compat.kernel(
+        scan_kernel,
+        out_type=[
+            jax.ShapeDtypeStruct((h, chunks, d * d), jnp.float16),
+            jax.ShapeDtypeStruct((h, d * d), jnp.float32),
+            jax.ShapeDtypeStruct((h, chunks, 2, TILE), jnp.float32),
+        ],
+        grid=(h * parts,),
+        grid_names=("item",),
+    )(x.reshape(h, chunks, -1), decay, bound, walk, largest, *(() if first is None else (first[0].reshape(h, -1), first[1])))
+    return moments.reshape(x.shape), last.reshape(h, d, d), factors[..., 0]
+
+
+def _factor(bound: Array, largest: Array) -> Array:
+    """What brings `bound` to `largest`; 1 where it is 0."""
+    return jnp.where(bound > 0.0, largest / jnp.where(bound > 0.0, bound, 1.0), 1.0)

@@ -56,6 +56,16 @@ def walk_of(decay: Array, *, reverse: bool) -> Array:
     return jnp.zeros_like(decay, jnp.int32, shape=(2,)) + np.array([first, step], np.int32)
 
 
+def release_loaded(empty: Any) -> None:
+    """Releases a stage that was loaded into registers, not only multiplied.
+
+    The copy engine fills it again through another proxy than loads read through, and a barrier alone does not order the two.
+    (Products read as the copy engine writes.)
+    """
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(empty)
+
+
 @functools.partial(jax.jit, static_argnames=("chunk_tiles", "group", "want_last"))
 def update(
     weighted: Array,
@@ -135,7 +145,7 @@ def update(
                 # operands and the sums need more registers than there are, or ptxas serialises every instruction (C7512,
                 # C7515).
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(empty.at[slot])
+                release_loaded(empty.at[slot])
 
             def write_states(accs: Any, chunk: Any) -> None:
                 scale = factor_gmem[head, chunk]

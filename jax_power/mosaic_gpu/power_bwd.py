@@ -277,7 +277,7 @@ class BackwardQueries(Backward):
         def edge_tile(n: Array, sums: RowSums) -> RowSums:
             x.ring.await_full(n)
             plgpu.wgmma_wait(0)
-            x.ring.release(n - 1)
+            x.ring.release(n - 1, loaded=self.gated)
             end = jnp.minimum((n + 1) * pieces, last_piece + 1)
             piece = functools.partial(self.accumulate_piece, x, rows, n, last_piece, dq=dq)
             return lax.fori_loop(n * pieces, end, piece, sums)
@@ -289,7 +289,7 @@ class BackwardQueries(Backward):
         sums = lax.fori_loop(0, edge, whole_tile, sums)
         sums = lax.fori_loop(edge, mine, edge_tile, sums)
         result = dq[...]  # waits for all products
-        x.ring.release(mine - 1)
+        x.ring.release(mine - 1, loaded=self.gated)
         return sums, result
 
     def multiply(self, rows: QueryRows, delta: Array, k_smem: Any, v_smem: Any) -> tuple[Array, Array]:
@@ -310,7 +310,7 @@ class BackwardQueries(Backward):
         slot = x.ring.slot(n)
         k_smem = x.smem["k"].at[slot]
         u, moved = self.multiply(rows, sums.delta, k_smem, x.smem["v"].at[slot])
-        x.ring.release(n - 1)
+        x.ring.release(n - 1, loaded=self.gated)
         decay = None
         if rows.gates is not None:
             block = lax.div(n, jnp.int32(tiles.GATE_BLOCK // self.tile.width))
@@ -524,7 +524,7 @@ class BackwardKeys(Backward):
 
         x.ring.await_full(n)
         u = pl.run_scoped(scores, acc)
-        x.ring.release(n - 1)
+        x.ring.release(n - 1, loaded=True)
         u *= self.coefficients(x, rows, slot, first, edge=edge)
         lower = None if self.call.deg == 1 else power(u, self.call.deg - 1)
         weight = u if lower is None else lower * u

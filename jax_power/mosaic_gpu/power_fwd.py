@@ -198,7 +198,7 @@ class Forward:
             x.k_ring.await_full(n)
             part, weights = self.weigh(x, rows, n)  # has ended O += w V of the tile before
             x.v_ring.release(n - 1)
-            x.k_ring.release(n)
+            x.k_ring.release(n, loaded=self.gated)
             norm += weights.sum(1)
             rounded = weights.astype(self.dtype)
             x.v_ring.await_full(n)
@@ -228,7 +228,7 @@ class Forward:
             sums = half_tile(halves, sums, masked=True)
         result = out[...]  # waits for all products
         x.v_ring.release(last - 1)
-        x.k_ring.release(last)
+        x.k_ring.release(last, loaded=self.gated)
         x.v_ring.release(last)
         return *sums, result
 

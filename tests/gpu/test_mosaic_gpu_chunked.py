@@ -197,3 +197,22 @@ def test_a_long_sequence_on_sampled_rows() -> None:
         want.append(weights @ v[: row + 1, head] / weights.sum())
         got.append(np.asarray(y[0, row, head]))
     assert cases.relative_error(np.stack(got), np.stack(want)) < cases.bounds("bfloat16", "mosaic_gpu")["y"]
+
+
+def test_gates_gradient_of_a_very_long_sequence() -> None:
+    """t = 262144, one head, all rows against float64: the gates' gradient, a sum over all tokens, starts anew on the way."""
+    torch = pytest.importorskip("torch")
+    gpu = pytest.importorskip("benchmarks.gpu")
+    names, t = ("q", "k", "v", "log_g"), 262144
+    keys = jax.random.split(jax.random.key(0), 5)
+    *qkv, dy = (jax.random.normal(key, (1, t, 1, 64), jnp.bfloat16) for key in keys[:4])
+    inputs = (*qkv, jax.nn.log_sigmoid(jax.random.normal(keys[4], (1, t, 1)) + 4.0))
+    call = functools.partial(jax_power.power_attention, form="chunked", implementation="mosaic_gpu")
+    y, grads = jax.jit(lambda dy, *x: (lambda y, pull_back: (y, pull_back(dy)))(*jax.vjp(call, *x)))(dy, *inputs)
+    got = {"y": y} | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
+    leaves = {name: dlpack.to_torch(x).detach().requires_grad_() for name, x in zip(names, inputs, strict=True)}
+    arrays = gpu.Arrays(**leaves, dy=dlpack.to_torch(dy))
+    want = gpu.exact(arrays, gpu.power_weight(2), torch.arange(t, device="cuda"), (0, 0), causal=True)
+    found = {name: cases.relative_error(got[name][0, :, 0], x.cpu().numpy()) for name, x in want.items()}
+    assert set(found) == {"y", "dq", "dk", "dv", "dlog_g"}
+    cases.assert_within(found, cases.bounds("bfloat16", "mosaic_gpu"), "very long")
