@@ -61,8 +61,6 @@ def forward(
         visible = Visible.of(call, batch, rest[len(extras) :], width)
         row = block * rows
         blocks = visible.key_blocks(row, rows, width)
-        # At least one tile, in which all may be hidden: then every row starts from a maximum.
-        blocks = blocks._replace(last=jnp.maximum(blocks.last, blocks.first + 1))
         k_ring, v_ring = (Ring.of(smem, name, ring) for name in ("k", "v"))
         turn = smem["turn"]
 
@@ -138,13 +136,20 @@ def forward(
                 v_ring.release(n)
                 return acc, top, total
 
+            def skip(i):
+                n = i - blocks.first
+                k_ring.skip(n)
+                pass_turn()
+                take_turn()
+                v_ring.skip(n)
+
             top = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
             total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
             acc = plgpu.layout_cast(jnp.zeros((ROWS, e), jnp.float32), WGMMA)
             # The first warpgroup has the turn at the start, and passes it once more at the end.
             if tiles.ping_pong:
                 pl.when(group == 1)(take_turn)
-            acc, top, total = walk(step, (acc, top, total), blocks.first, blocks, own, masks)
+            acc, top, total = walk(step, skip, (acc, top, total), blocks, own, masks)
             if tiles.ping_pong:
                 pl.when(group == 0)(pass_turn)
 
@@ -162,7 +167,7 @@ def forward(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 left_over = (exact - exact.astype(dtype).astype(jnp.float32)) * residual_scale(dtype)
                 sdpa_block.store(out_smem, left_over.astype(dtype), rest_gmem[0].at[batch, own_at, head])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         sdpa_block.part(tiles, load, attend)
 
