@@ -62,7 +62,7 @@ def gradient_q(call: SdpaCall, tiles: sdpa_tiles.Backward, operands: Operands, *
 
     def gradient_of_queries(gmem: Sequence[Any], smem: sdpa_block.Smem) -> None:
         (q_gmem, k_gmem, v_gmem, dout_gmem, stats_gmem), extras, lengths, (dq_gmem, *sums_gmem) = operands.split(gmem)
-        batch, head, block = item(call.b, call.h_q, row_blocks, last_first=True)
+        batch, head, block = item(lax.axis_index("item"), call.b, call.h_q, row_blocks, last_first=True)
         kv_head = lax.div(head, jnp.int32(call.group))
         visible = Visible.of(call, batch, lengths, width)
         row = block * rows
@@ -164,7 +164,7 @@ def gradient_kv(
 
     def gradient_of_keys(gmem: Sequence[Any], smem: sdpa_block.Smem) -> None:
         (q_gmem, k_gmem, v_gmem, dout_gmem, stats_gmem), extras, lengths, outs = operands.split(gmem)
-        batch, kv_head, block = item(call.b, call.h_kv, col_blocks, last_first=False)
+        batch, kv_head, block = item(lax.axis_index("item"), call.b, call.h_kv, col_blocks, last_first=False)
         visible = Visible.of(call, batch, lengths, width)
         col = block * cols
         blocks = visible.query_blocks(col, cols, width)

@@ -34,18 +34,22 @@ class Item(NamedTuple):
     block: Any
 
 
-def item(batch: int, heads: int, blocks: int, *, last_first: bool) -> Item:
-    """The item of this thread block: groups of heads in turn, in each the blocks in order, longest first.
+def item(index: Any, batch: int, heads: int, blocks: int, *, last_first: bool) -> Item:
+    """The item with number `index`: groups of heads in turn, in each the blocks in order, longest first.
 
     Blocks that run at the same time then read the keys of few heads, which stay in the level-2 cache, and the short rows of
     a causal mask fill the gaps at a group's end. `last_first`: the last block is the longest.
     """
-    group = next(n for n in range(min(HEAD_GROUP, batch * heads), 0, -1) if batch * heads % n == 0)
-    index = lax.axis_index("item")
+    group = head_group(batch * heads)
     within = lax.rem(index, jnp.int32(group * blocks))
     head = lax.div(index, jnp.int32(group * blocks)) * group + lax.rem(within, jnp.int32(group))
     block = lax.div(within, jnp.int32(group))
     return Item(lax.div(head, jnp.int32(heads)), lax.rem(head, jnp.int32(heads)), blocks - 1 - block if last_first else block)
+
+
+def head_group(heads: int) -> int:
+    """How many heads form a group: the largest number up to HEAD_GROUP that divides theirs."""
+    return next(n for n in range(min(HEAD_GROUP, heads), 0, -1) if heads % n == 0)
 
 
 @dataclasses.dataclass(frozen=True)
