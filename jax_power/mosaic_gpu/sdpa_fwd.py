@@ -1,10 +1,12 @@
 """Forward of scaled dot-product attention on Hopper: online softmax over tiles of keys (Dao, "FlashAttention-2", 2023).
 
-A block takes `groups` × 64 queries of one head. Its last warpgroup loads: tiles of K and V by TMA into a ring of `stages`.
+An item is `groups` × 64 queries of one head; a block works on one after the other (`sdpa_schedule`). Its last warpgroup loads:
+queries, and tiles of K and V by TMA into a ring of `stages`, as far ahead as there is room, into the next item too.
 Each consumer warpgroup holds 64 rows: S = Q Kᵀ from shared memory, the running maximum, sum and O in registers, and P fed
 back from registers as the A operand of O += P V. Two consumers take turns at the matrix units (ping-pong: Shah et al.,
 "FlashAttention-3", 2024): while one computes exponentials the other multiplies.
-Memory: Q, reused for O, (d + e) · 2 bytes · (64 · groups) rows at most; K and V (d + e) · 2 bytes · keys · stages.
+Memory: Q, and O in its place or apart, 2 bytes · (64 · groups) rows · (d · slots + e) at most; K and V (d + e) · 2 bytes · keys ·
+stages.
 """
 
 from __future__ import annotations
@@ -17,13 +19,12 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from bridge.spec_sdpa import SdpaCall
 from jax_power.mosaic_gpu import sdpa_block, sdpa_schedule, sdpa_tiles
 from jax_power.mosaic_gpu.attention_common import Ring
-from jax_power.mosaic_gpu.sdpa_scores import LOG2_E, ROW, WGMMA, Accumulator, Extra, Extras, Blocks, Visible, head_group, item, walk
+from jax_power.mosaic_gpu.sdpa_scores import LOG2_E, ROW, WGMMA, Accumulator, Extra, Extras, Blocks, Visible, item, walk
 from jax_power.mosaic_gpu.tiles import ROWS
 
 
@@ -68,11 +69,7 @@ def forward(
     row_blocks = -(-call.t // rows)
     # Scores become exponents by one fused multiply-add, unless something is added to them first.
     factor = 1.0 if extras else call.scale * LOG2_E
-    order = sdpa_schedule.costs(call, rows, width)[::-1]
-    heads = call.b * call.h_q
-    together = head_group(heads)
-    cost = np.tile(np.repeat(order, together), heads // together)
-    table = sdpa_schedule.deal(cost, min(sdpa_schedule.multiprocessors(), len(cost)))
+    table = sdpa_schedule.table(call, rows, width)
     operands = [q, k, v, *(x.array for x in extras), *lengths, jnp.asarray(table)]
 
     def forward_of_softmax_attention(gmem: Sequence[Any], smem: sdpa_block.Smem) -> None:
@@ -85,7 +82,7 @@ def forward(
         turn = smem["turn"]
 
         def each(work):
-            """`work(Work)` on every item of this block."""
+            """`work` on every item of this block. Their numbers are read one ahead: device memory is far away."""
 
             def do(j, carry):
                 index, before = carry
@@ -114,12 +111,7 @@ def forward(
                 sdpa_block.fill(v_ring, n, [(v_gmem.at[x.batch, at, kv_head], smem["v"])])
 
         def attend(group: Array) -> None:
-            # The first warpgroup has the turn at the start, and passes it once more at the end.
-            if tiles.ping_pong:
-                pl.when(group == 1)(lambda: plgpu.barrier_wait(turn.at[group]))
             each(functools.partial(attend_item, group))
-            if tiles.ping_pong:
-                pl.when(group == 0)(lambda: plgpu.barrier_arrive(turn.at[1 - group]))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def attend_item(group: Array, x: Work) -> None:
@@ -197,7 +189,13 @@ def forward(
             top = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
             total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
             acc = plgpu.layout_cast(jnp.zeros((ROWS, e), jnp.float32), WGMMA)
+            # The first warpgroup has the turn at the start, and passes it once more at the end: left to the next item, the second
+            # would wait for it with a slot that the next item's queries may need.
+            if tiles.ping_pong:
+                pl.when(group == 1)(take_turn)
             acc, top, total = walk(step, skip, (acc, top, total), x.blocks, own, masks)
+            if tiles.ping_pong:
+                pl.when(group == 0)(pass_turn)
             if tiles.apart:
                 q_ring.release(x.number)
 

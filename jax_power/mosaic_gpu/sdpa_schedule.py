@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from bridge.spec_sdpa import SdpaCall
+from jax_power.mosaic_gpu.sdpa_scores import head_group
 
 # Multiprocessors of an H100 or H200 (SXM), for programs that are lowered where no GPU is.
 MULTIPROCESSORS = 132
@@ -29,29 +30,39 @@ def multiprocessors() -> int:
         return MULTIPROCESSORS
 
 
+def table(call: SdpaCall, rows: int, width: int) -> np.ndarray:
+    """`[blocks, 2 + n]` int32: how many items a block works on, their numbers as `sdpa_scores.item` takes them, and zeros."""
+    heads = call.b * call.h_q
+    together = head_group(heads)
+    of_group = np.repeat(costs(call, rows, width)[::-1], together)
+    hands = deal(np.tile(of_group, heads // together), multiprocessors())
+    numbers = np.zeros((len(hands), 2 + max(map(len, hands))), np.int32)
+    for row, hand in zip(numbers, hands, strict=True):
+        row[: 1 + len(hand)] = [len(hand), *hand]
+    return numbers
+
+
 def costs(call: SdpaCall, rows: int, width: int) -> np.ndarray:
-    """For every block of `rows` queries, how many tiles of `width` keys it sees, whatever the lengths."""
+    """What each block of `rows` queries costs, in tiles of `width` keys. Lengths, which a kernel learns later, do not count."""
     first = np.arange(0, call.t, rows)
-    left, right = (None, None) if call.window is None else call.window
+    limit = call.t + call.s
+    left, right = (limit, limit) if call.window is None else (min(max(n, -limit), limit) for n in call.window)
     if call.causal:
-        right = 0 if right is None else min(right, 0)
-    begin = np.zeros_like(first) if left is None else np.clip(first - left, 0, call.s)
-    end = np.full_like(first, call.s) if right is None else np.clip(np.minimum(first + rows, call.t) + right, 0, call.s)
+        right = min(right, 0)
+    begin = np.maximum(first - left, 0)
+    end = np.clip(first + rows + right, 0, call.s)
     return np.maximum(-(-end // width) - begin // width, 0) + ITEM_COST
 
 
-def deal(cost: np.ndarray, blocks: int) -> np.ndarray:
-    """Items in order, each to the block that is done first: `[blocks, 1 + n]`, how many a block has, and their numbers."""
+def deal(costs: np.ndarray, blocks: int) -> list[list[int]]:
+    """Items in order, each to the block that is done first; every block gets one, as long as there are any."""
+    blocks = min(blocks, len(costs))
+    if (costs == costs[0]).all():
+        return [list(range(n, len(costs), blocks)) for n in range(blocks)]
     hands: list[list[int]] = [[] for _ in range(blocks)]
-    if (cost == cost[0]).all():
-        hands = [list(range(n, len(cost), blocks)) for n in range(blocks)]
-    else:
-        done = [(0.0, n) for n in range(blocks)]
-        for number, more in enumerate(cost.tolist()):
-            time, n = done[0]
-            hands[n].append(number)
-            heapq.heapreplace(done, (time + more, n))
-    table = np.zeros((blocks, 2 + max(map(len, hands))), np.int32)
-    for n, hand in enumerate(hands):
-        table[n, : 1 + len(hand)] = [len(hand), *hand]
-    return table
+    done = [(0.0, n) for n in range(blocks)]
+    for number, cost in enumerate(costs.tolist()):
+        time, n = done[0]
+        hands[n].append(number)
+        heapq.heapreplace(done, (time + cost, n))
+    return hands
