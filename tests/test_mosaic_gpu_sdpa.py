@@ -302,7 +302,9 @@ def test_blocks_are_those_with_something_to_see():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (False, (5, 3)), (True, (100, 7)), (False, (-150, 400))])
+@pytest.mark.parametrize(
+    ("causal", "window"), [(False, None), (True, None), (False, (5, 3)), (True, (100, 7)), (False, (-150, 400))]
+)
 def test_items_cost_what_they_see(causal, window):
     for t, s, rows, width in ((1, 1, 192, 128), (300, 200, 128, 64), (700, 130, 192, 128)):
         call = SdpaCall(b=1, t=t, s=s, h_q=1, h_kv=1, d=8, e=8, scale=1.0, dtype="bfloat16", causal=causal, window=window)
@@ -314,14 +316,13 @@ def test_items_cost_what_they_see(causal, window):
 
 @pytest.mark.parametrize(("t", "heads"), [(1, 3), (2048, 256), (16384, 32), (1000, 7)])
 def test_every_item_is_dealt_once_and_fairly(t, heads, monkeypatch):
-    """No multiprocessor works longer than the mean and one item more; those who are dealt the same start in order."""
+    """No multiprocessor works longer than the mean and one item more."""
     monkeypatch.setattr(sdpa_schedule, "multiprocessors", lambda: 132)
     call = SdpaCall(b=1, t=t, s=t, h_q=heads, h_kv=heads, d=8, e=8, scale=1.0, dtype="bfloat16", causal=True)
     table = sdpa_schedule.table(call, 192, 128)
     costs = sdpa_schedule.costs(call, 192, 128)
     hands = [row[1 : 1 + row[0]] for row in table]
     assert sorted(np.concatenate(hands)) == list(range(len(costs) * heads))
-    assert (table[:, 1 + table[:, 0]] == 0).all() or t == 1
     together = sdpa_scores.head_group(heads)
     loads = [sum(costs[len(costs) - 1 - n % (together * len(costs)) // together] for n in hand) for hand in hands]
     assert max(loads) <= costs.sum() * heads / len(hands) + costs.max()

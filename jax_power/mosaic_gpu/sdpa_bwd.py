@@ -287,7 +287,7 @@ def _release_last(ring: Ring, n: Array) -> None:
 
 
 def _pass_over(ring: Ring, n: Array) -> None:
-    """For tile n, which this warpgroup does not need, what a step does: it waits, and releases the tile whose products are over."""
+    """What a step does, for a tile that this warpgroup does not need: wait for it, and release what products are done with."""
     ring.await_full(n)
     plgpu.wgmma_wait(0)
     sdpa_block.release_loaded(ring, n if ring.stages == 1 else n - 1)

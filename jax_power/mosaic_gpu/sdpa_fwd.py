@@ -5,8 +5,7 @@ queries, and tiles of K and V by TMA into a ring of `stages`, as far ahead as th
 Each consumer warpgroup holds 64 rows: S = Q Kᵀ from shared memory, the running maximum, sum and O in registers, and P fed
 back from registers as the A operand of O += P V. Two consumers take turns at the matrix units (ping-pong: Shah et al.,
 "FlashAttention-3", 2024): while one computes exponentials the other multiplies.
-Memory: Q, and O in its place or apart, 2 bytes · (64 · groups) rows · (d · slots + e) at most; K and V (d + e) · 2 bytes · keys ·
-stages.
+Memory: Q, and O in its place or apart, 2 bytes · rows · (d · slots + e) at most; K and V (d + e) · 2 bytes · keys · stages.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from jax import Array, lax
 from bridge.spec_sdpa import SdpaCall
 from jax_power.mosaic_gpu import sdpa_block, sdpa_schedule, sdpa_tiles
 from jax_power.mosaic_gpu.attention_common import Ring
-from jax_power.mosaic_gpu.sdpa_scores import LOG2_E, ROW, WGMMA, Accumulator, Extra, Extras, Blocks, Visible, item, walk
+from jax_power.mosaic_gpu.sdpa_scores import LOG2_E, ROW, WGMMA, Accumulator, Blocks, Extra, Extras, Visible, item, walk
 from jax_power.mosaic_gpu.tiles import ROWS
 
 
@@ -189,8 +188,8 @@ def forward(
             top = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
             total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
             acc = plgpu.layout_cast(jnp.zeros((ROWS, e), jnp.float32), WGMMA)
-            # The first warpgroup has the turn at the start, and passes it once more at the end: left to the next item, the second
-            # would wait for it with a slot that the next item's queries may need.
+            # The first warpgroup has the turn at the start, and passes it once more at the end: left to the next item, the
+            # second would wait for it with a slot that the next item's queries may need.
             if tiles.ping_pong:
                 pl.when(group == 1)(take_turn)
             acc, top, total = walk(step, skip, (acc, top, total), x.blocks, own, masks)

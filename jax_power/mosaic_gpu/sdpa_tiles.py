@@ -49,7 +49,8 @@ def forward(d: int, e: int, score_tiles: int) -> Forward:
         return Forward(3, 128, 4, THREE_CONSUMERS, ping_pong=False, slots=2, apart=True)
     if size <= 128:
         # 128 keys halve the reads of Q a key; with tiles of scores they would not fit.
-        return Forward(2, 64 if score_tiles else 128, 2, TWO_CONSUMERS, ping_pong=True, slots=1 if score_tiles else 2, apart=d != e)
+        width, slots = (64, 1) if score_tiles else (128, 2)
+        return Forward(2, width, 2, TWO_CONSUMERS, ping_pong=True, slots=slots, apart=d != e)
     return Forward(2, 64, 1 if score_tiles else 2, TWO_CONSUMERS, ping_pong=True, slots=1, apart=d != e)
 
 
