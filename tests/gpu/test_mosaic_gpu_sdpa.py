@@ -128,6 +128,23 @@ def test_matrix(case, dtype):
             assert error <= 2 * their_error + 1e-7, f"{name}: {error:.2e}, JAX's operations {their_error:.2e}"
 
 
+@pytest.mark.parametrize(
+    ("d", "e", "options"),
+    [
+        (64, 64, {}), (128, 128, {}), (256, 256, {}), (64, 128, {"window": (200, 31)}), (128, 128, {"bias": "ts"}),
+        (256, 192, {"bias": "t"}),
+    ],
+)  # fmt: skip
+def test_more_items_than_multiprocessors(d, e, options):
+    """Blocks of the forward kernel take several items, of unequal length: slots, rings and turns go on from one to the next."""
+    case = cases_sdpa.SdpaCase("items", b=2, t=520, h_q=40, h_kv=8, d=d, e=e, causal=True, **options)
+    arrays = case.make("bfloat16")
+    want = case.exact(arrays, "mean")
+    del want["lse"]
+    errors = cases.errors(results(case, arrays, ours), want, case, arrays["dy"])
+    cases.assert_within(errors, cases_sdpa.bounds("bfloat16", "mosaic_gpu"), f"{d} {e} {options}")
+
+
 SIZES_THAT_DIFFER = [(64, 128), (80, 40), (128, 8), (13, 100), (192, 256), (256, 64)]
 
 
