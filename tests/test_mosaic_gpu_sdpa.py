@@ -30,7 +30,7 @@ CASES = (
 # Head sizes of queries and of values, a bias and a mask: every row of the tile table, padding, and sizes that differ.
 SIZES = (
     (64, 64, None, None), (96, 96, "hts", None), (128, 128, None, None), (256, 256, None, "bts"), (192, 256, "hts", "bts"),
-    (64, 200, None, None),
+    (64, 200, None, None), (192, 256, None, None),
 )  # fmt: skip
 
 

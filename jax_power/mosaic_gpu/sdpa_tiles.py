@@ -51,7 +51,8 @@ def forward(d: int, e: int, score_tiles: int) -> Forward:
         # 128 keys halve the reads of Q a key; with tiles of scores they would not fit.
         width, slots = (64, 1) if score_tiles else (128, 2)
         return Forward(2, width, 2, TWO_CONSUMERS, ping_pong=True, slots=slots, apart=d != e)
-    return Forward(2, 64, 1 if score_tiles else 2, TWO_CONSUMERS, ping_pong=True, slots=1, apart=d != e)
+    # Results apart leave no room for a second stage either.
+    return Forward(2, 64, 1 if score_tiles or d != e else 2, TWO_CONSUMERS, ping_pong=True, slots=1, apart=d != e)
 
 
 def gradient_q(d: int, e: int, score_tiles: int) -> Backward:
