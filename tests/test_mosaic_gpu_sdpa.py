@@ -19,7 +19,7 @@ import jax_power
 from bridge import cases, cases_sdpa, spec_sdpa
 from bridge.spec_sdpa import SdpaCall
 from jax_power import ops_sdpa
-from jax_power.mosaic_gpu import attention_common, power_bwd, sdpa, sdpa_block, sdpa_scores, tiles
+from jax_power.mosaic_gpu import attention_common, power_bwd, sdpa, sdpa_block, sdpa_schedule, sdpa_scores, tiles
 from tests.mosaic_gpu_interpreted import interpreted
 
 # Those cases that between them reach every line of the kernels.
@@ -30,7 +30,7 @@ CASES = (
 # Head sizes of queries and of values, a bias and a mask: every row of the tile table, padding, and sizes that differ.
 SIZES = (
     (64, 64, None, None), (96, 96, "hts", None), (128, 128, None, None), (256, 256, None, "bts"), (192, 256, "hts", "bts"),
-    (64, 200, None, None),
+    (64, 200, None, None), (192, 256, None, None),
 )  # fmt: skip
 
 
@@ -89,8 +89,8 @@ def test_shared_memory_is_counted_before_compiling(monkeypatch):
     def trace():
         jax.eval_shape(lambda x: sdpa.forward.__wrapped__(call, x, x, x, None, None, None, None), x)
 
-    # Q of 3 warpgroups, 4 stages of K and V of 128 keys, and lse in units of 1 KiB.
-    needed = 2 * 64 * (3 * 64 + 4 * 2 * 128) + 1024
+    # Q of 3 warpgroups twice and their O, 4 stages of K and V of 128 keys, and lse in units of 1 KiB.
+    needed = 2 * 64 * (3 * 3 * 64 + 4 * 2 * 128) + 1024
     monkeypatch.setattr(tiles, "SMEM_BYTES", needed)
     trace()
     monkeypatch.setattr(tiles, "SMEM_BYTES", needed - 1)
@@ -235,6 +235,23 @@ def test_interpreted_matches_oracle(dtype, case):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("size", [64, 256], ids=["results apart", "results in the place of queries"])
+def test_blocks_with_several_items_match_oracle(size, monkeypatch):
+    """One multiprocessor for all: rings, slots and turns go on from item to item."""
+    monkeypatch.setattr(sdpa_schedule, "multiprocessors", lambda: 1)
+    case = Case("several_items", t=260, s=140, h_q=2, h_kv=1, d=size, e=size, causal=True)
+    arrays = case.make("bfloat16")
+    call, operands = call_of(case, arrays, "bfloat16"), operands_of(arrays)
+    with interpreted(jnp.dtype("bfloat16")):
+        out, lse, residual = sdpa.forward.__wrapped__(call, *operands, residual=True)
+    want = case.exact(arrays, "zero")
+    y = np.asarray(out, np.float64)
+    assert np.linalg.norm(y - want["y"]) <= cases_sdpa.bounds("bfloat16", "mosaic_gpu")["y"] * np.linalg.norm(want["y"])
+    assert np.linalg.norm(y + np.asarray(residual, np.float64) - want["y"]) <= np.linalg.norm(y - want["y"])
+    np.testing.assert_allclose(np.asarray(lse).swapaxes(1, 2), want["lse"], rtol=1e-3, atol=1e-3)
+
+
+@needs_interpreter
 def test_a_stage_released_without_a_fence_is_found():
     """Loads from shared memory and the copy engine's next write are ordered by `release_loaded` alone."""
     dtype, case = INTERPRETED[0]
@@ -278,3 +295,34 @@ def test_blocks_are_those_with_something_to_see():
                 if full_first <= n < full_last:
                     assert tile.all()
                     assert tile.shape[1] == width or blocks is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who works on what
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("causal", "window"), [(False, None), (True, None), (False, (5, 3)), (True, (100, 7)), (False, (-150, 400))]
+)
+def test_items_cost_what_they_see(causal, window):
+    for t, s, rows, width in ((1, 1, 192, 128), (300, 200, 128, 64), (700, 130, 192, 128)):
+        call = SdpaCall(b=1, t=t, s=s, h_q=1, h_kv=1, d=8, e=8, scale=1.0, dtype="bfloat16", causal=causal, window=window)
+        visible = sdpa_scores.Visible.of(call, 0, [], width)
+        seen = [visible.key_blocks(row, rows, width) for row in range(0, t, rows)]
+        costs = sdpa_schedule.costs(call, rows, width) - sdpa_schedule.ITEM_COST
+        np.testing.assert_array_equal(costs, [int(x.last) - int(x.first) for x in seen])
+
+
+@pytest.mark.parametrize(("t", "heads"), [(1, 3), (2048, 256), (16384, 32), (1000, 7)])
+def test_every_item_is_dealt_once_and_fairly(t, heads, monkeypatch):
+    """No multiprocessor works longer than the mean and one item more."""
+    monkeypatch.setattr(sdpa_schedule, "multiprocessors", lambda: 132)
+    call = SdpaCall(b=1, t=t, s=t, h_q=heads, h_kv=heads, d=8, e=8, scale=1.0, dtype="bfloat16", causal=True)
+    table = sdpa_schedule.table(call, 192, 128)
+    costs = sdpa_schedule.costs(call, 192, 128)
+    hands = [row[1 : 1 + row[0]] for row in table]
+    assert sorted(np.concatenate(hands)) == list(range(len(costs) * heads))
+    together = sdpa_scores.head_group(heads)
+    loads = [sum(costs[len(costs) - 1 - n % (together * len(costs)) // together] for n in hand) for hand in hands]
+    assert max(loads) <= costs.sum() * heads / len(hands) + costs.max()

@@ -62,7 +62,7 @@ def gradient_q(call: SdpaCall, tiles: sdpa_tiles.Backward, operands: Operands, *
 
     def gradient_of_queries(gmem: Sequence[Any], smem: sdpa_block.Smem) -> None:
         (q_gmem, k_gmem, v_gmem, dout_gmem, stats_gmem), extras, lengths, (dq_gmem, *sums_gmem) = operands.split(gmem)
-        batch, head, block = item(call.b, call.h_q, row_blocks, last_first=True)
+        batch, head, block = item(lax.axis_index("item"), call.b, call.h_q, row_blocks, last_first=True)
         kv_head = lax.div(head, jnp.int32(call.group))
         visible = Visible.of(call, batch, lengths, width)
         row = block * rows
@@ -115,12 +115,17 @@ def gradient_q(call: SdpaCall, tiles: sdpa_tiles.Backward, operands: Operands, *
                 _release_last(k_ring, n)
                 return row_sums + ds.sum(axis=1) if sums else None
 
+            def skip(i):
+                n = i - blocks.first
+                _pass_over(k_ring, n)
+                v_ring.skip(n)
+
             def walk_keys(dq_acc):
                 row_sums = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW) if sums else None
                 seen = visible.key_blocks(own_row, ROWS, width)
                 masks = visible.left is not None, visible.right is not None or visible.counts_keys
                 one = functools.partial(step, dq_acc=dq_acc)
-                row_sums = walk(one, row_sums, blocks.first, blocks, seen, masks)
+                row_sums = walk(one, skip, row_sums, blocks, seen, masks)
                 return (dq_acc[...], row_sums) if sums else (dq_acc[...],)
 
             dq, *row_sums = pl.run_scoped(walk_keys, Accumulator((ROWS, d), jnp.float32))
@@ -159,7 +164,7 @@ def gradient_kv(
 
     def gradient_of_keys(gmem: Sequence[Any], smem: sdpa_block.Smem) -> None:
         (q_gmem, k_gmem, v_gmem, dout_gmem, stats_gmem), extras, lengths, outs = operands.split(gmem)
-        batch, kv_head, block = item(call.b, call.h_kv, col_blocks, last_first=False)
+        batch, kv_head, block = item(lax.axis_index("item"), call.b, call.h_kv, col_blocks, last_first=False)
         visible = Visible.of(call, batch, lengths, width)
         col = block * cols
         blocks = visible.query_blocks(col, cols, width)
@@ -239,7 +244,11 @@ def gradient_kv(
                     one = functools.partial(
                         step, member=member, row_extras=row_extras, accs=dict(zip(wanted, accs, strict=True))
                     )
-                    key_sums = walk(one, key_sums, blocks.first, blocks, seen, masks)
+
+                    def skip(i):
+                        _pass_over(q_ring, of_member(member, i)[1])
+
+                    key_sums = walk(one, skip, key_sums, blocks, seen, masks)
                     if sums:
                         plgpu.wait_smem_to_gmem(0)
                         counting = jnp.where(counted(), key_sums, 0.0)
@@ -275,3 +284,10 @@ def _release_last(ring: Ring, n: Array) -> None:
     if ring.stages == 1:
         plgpu.wgmma_wait(0)
         sdpa_block.release_loaded(ring, n)
+
+
+def _pass_over(ring: Ring, n: Array) -> None:
+    """What a step does, for a tile that this warpgroup does not need: wait for it, and release what products are done with."""
+    ring.await_full(n)
+    plgpu.wgmma_wait(0)
+    sdpa_block.release_loaded(ring, n if ring.stages == 1 else n - 1)

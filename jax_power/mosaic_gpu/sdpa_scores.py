@@ -9,6 +9,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
@@ -33,18 +34,22 @@ class Item(NamedTuple):
     block: Any
 
 
-def item(batch: int, heads: int, blocks: int, *, last_first: bool) -> Item:
-    """The item of this thread block: groups of heads in turn, in each the blocks in order, longest first.
+def item(index: Any, batch: int, heads: int, blocks: int, *, last_first: bool) -> Item:
+    """The item with number `index`: groups of heads in turn, in each the blocks in order, longest first.
 
     Blocks that run at the same time then read the keys of few heads, which stay in the level-2 cache, and the short rows of
     a causal mask fill the gaps at a group's end. `last_first`: the last block is the longest.
     """
-    group = next(n for n in range(min(HEAD_GROUP, batch * heads), 0, -1) if batch * heads % n == 0)
-    index = lax.axis_index("item")
+    group = head_group(batch * heads)
     within = lax.rem(index, jnp.int32(group * blocks))
     head = lax.div(index, jnp.int32(group * blocks)) * group + lax.rem(within, jnp.int32(group))
     block = lax.div(within, jnp.int32(group))
     return Item(lax.div(head, jnp.int32(heads)), lax.rem(head, jnp.int32(heads)), blocks - 1 - block if last_first else block)
+
+
+def head_group(heads: int) -> int:
+    """How many heads form a group: the largest number up to HEAD_GROUP that divides theirs."""
+    return next(n for n in range(min(HEAD_GROUP, heads), 0, -1) if heads % n == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,16 +217,21 @@ def _div(x: Any, n: int) -> Array:
     return lax.div(jnp.asarray(x, jnp.int32), jnp.int32(n))
 
 
-def walk(step: Any, carry: Any, begin: Any, blocks: Blocks, own: Blocks, masks: tuple[bool, bool]) -> Any:
-    """`carry` after `step(i, carry, masked=…)` on the blocks from `begin` on.
+def walk(step: Any, skip: Any, carry: Any, blocks: Blocks, own: Blocks, masks: tuple[bool, bool]) -> Any:
+    """`carry` after `step(i, carry, masked=…)` on the blocks that the warpgroup's rows see, and `skip(i)` on the others.
 
-    `own` says which blocks are full for this warpgroup's rows; `masks`, whether the blocks before and behind them need a mask.
+    `blocks` are those of the thread block, `own` those of the warpgroup; `masks`, whether the blocks before and behind the full
+    ones need a mask.
     """
-    full_first = jnp.clip(own.full_first, begin, blocks.last) if masks[0] else begin
-    full_last = jnp.clip(own.full_last, full_first, blocks.last) if masks[1] else blocks.last
+    first = jnp.clip(own.first, blocks.first, blocks.last)
+    last = jnp.clip(own.last, first, blocks.last)
+    full_first = jnp.clip(own.full_first, first, last) if masks[0] else first
+    full_last = jnp.clip(own.full_last, full_first, last) if masks[1] else last
     if masks[0]:
-        carry = lax.fori_loop(begin, full_first, functools.partial(step, masked=True), carry)
+        pl.loop(blocks.first, first)(skip)
+        carry = lax.fori_loop(first, full_first, functools.partial(step, masked=True), carry)
     carry = lax.fori_loop(full_first, full_last, functools.partial(step, masked=False), carry)
     if masks[1]:
-        carry = lax.fori_loop(full_last, blocks.last, functools.partial(step, masked=True), carry)
+        carry = lax.fori_loop(full_last, last, functools.partial(step, masked=True), carry)
+    pl.loop(last, blocks.last)(skip)
     return carry

@@ -13,13 +13,19 @@ TWO_CONSUMERS, THREE_CONSUMERS = (240, 24), (160, 32)
 
 
 class Forward(NamedTuple):
-    """`groups` consumer warpgroups of 64 queries against `stages` tiles of `width` keys; `ping_pong`: two take turns."""
+    """`groups` consumer warpgroups of 64 queries against `stages` tiles of `width` keys; `ping_pong`: two take turns.
+
+    `slots` of 2: the next item's queries arrive under this one's products. `apart`: results leave through memory of their own,
+    not through the slot of their queries.
+    """
 
     groups: int
     width: int
     stages: int
     registers: tuple[int, int] | None
     ping_pong: bool
+    slots: int
+    apart: bool
 
 
 class Backward(NamedTuple):
@@ -40,11 +46,13 @@ def forward(d: int, e: int, score_tiles: int) -> Forward:
     if size <= 64 and not score_tiles:
         # Exponentials are half of the work here, and three warpgroups fill each other's gaps: 475 TFLOP/s (causal, t = 16384)
         # against 424 for two in ping-pong.
-        return Forward(3, 128, 4, THREE_CONSUMERS, ping_pong=False)
+        return Forward(3, 128, 4, THREE_CONSUMERS, ping_pong=False, slots=2, apart=True)
     if size <= 128:
         # 128 keys halve the reads of Q a key; with tiles of scores they would not fit.
-        return Forward(2, 64 if score_tiles else 128, 2, TWO_CONSUMERS, ping_pong=True)
-    return Forward(2, 64, 1 if score_tiles else 2, TWO_CONSUMERS, ping_pong=True)
+        width, slots = (64, 1) if score_tiles else (128, 2)
+        return Forward(2, width, 2, TWO_CONSUMERS, ping_pong=True, slots=slots, apart=d != e)
+    # Results apart leave no room for a second stage either.
+    return Forward(2, 64, 1 if score_tiles or d != e else 2, TWO_CONSUMERS, ping_pong=True, slots=1, apart=d != e)
 
 
 def gradient_q(d: int, e: int, score_tiles: int) -> Backward:
