@@ -61,7 +61,7 @@ def contestants() -> dict[str, gpu.Contestant]:
 
 
 def chunk_length(name: str, t: int, d: int) -> int:
-    """Tokens of a chunk: retention's as it is called here, the CUDA kernels' as csrc/power/tiles.h has them for e = d, bfloat16."""
+    """Tokens of a chunk: retention's as it is called here, the CUDA kernels' (csrc/power/tiles.h) for e = d, bfloat16."""
     if name == "retention":
         return min(1024, t)
     if d <= 64:

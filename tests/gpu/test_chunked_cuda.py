@@ -101,7 +101,8 @@ def errors_against_float64(case: cases.Case, arrays: dict[str, torch.Tensor], go
 
 
 VERY_LONG = [
-    (262144, 64, "bfloat16"), (1048576, 64, "bfloat16"), (262144, 128, "bfloat16"), (131072, 64, "float16"), (65536, 128, "float16"),
+    (262144, 64, "bfloat16"), (1048576, 64, "bfloat16"), (262144, 128, "bfloat16"),
+    (131072, 64, "float16"), (65536, 128, "float16"),
 ]  # fmt: skip
 
 
