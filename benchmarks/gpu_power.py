@@ -61,12 +61,12 @@ def contestants() -> dict[str, gpu.Contestant]:
 
 
 def chunk_length(name: str, t: int, d: int) -> int:
-    """Tokens of a chunk: retention's as it is called here, the CUDA kernels' as csrc/power/tiles.h has them for e = d."""
+    """Tokens of a chunk: retention's as it is called here, the CUDA kernels' (csrc/power/tiles.h) for e = d, bfloat16."""
     if name == "retention":
         return min(1024, t)
     if d <= 64:
         return 768
-    return next(length for length, below in ((256, 257), (512, 1025), (1024, 16384), (4096, t + 1)) if t < below)
+    return next(length for length, below in ((256, 257), (512, 1025), (1024, 16384), (2048, t + 1)) if t < below)
 
 
 def operations(name: str, b: int, t: int, d: int) -> tuple[float, float]:

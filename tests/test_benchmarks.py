@@ -321,7 +321,7 @@ def test_gpu_power_counts_the_chunks_that_kernels_take(torch, tmp_path):
         pytest.skip("no C++ compiler")
     tiles = pathlib.Path(gpu_power.__file__).parent.parent / "torch_power/csrc/power/tiles.h"
     source, library = tmp_path / "tiles.cpp", tmp_path / "tiles.so"
-    call = 'extern "C" int length(long long t, int d) { return power::chunk_length(t, d, d); }'
+    call = 'extern "C" int length(long long t, int d) { return power::chunk_length(t, d, d, false); }'
     source.write_text(f'#include "{tiles}"\n{call}\n')
     subprocess.run([compiler, "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     length = ctypes.CDLL(str(library)).length

@@ -2,6 +2,7 @@
  * dv from it; then the gates. */
 #include <algorithm>
 #include "../power/abi_chunked.h"
+#include "../power/chunked_gate_gradient.cuh"
 #include "../power/chunked_host.cuh"
 
 using namespace power;
@@ -18,6 +19,10 @@ struct BackwardWorkspace {
   __half *gradient_states, *gradient_moments;
   int *state_units, *moment_units;
   float2 *column;
+  AnchorStates before; /* the states that the gates' anchors need, and where they are copied to if the state gradient takes their place */
+  __half *kept_states, *kept_moments;
+  int *kept_state_units, *kept_moment_units;
+  double *anchors;
   GateSums *gate_sums;
   BackwardWorkspace(void *base, void *saved_base, const PowerAttentionShape &shape, const Sizes &z)
       : arena(base), saved_arena(saved_base), saved(shape.saved ? saved_arena : arena, z) {
@@ -41,6 +46,12 @@ struct BackwardWorkspace {
       gradient_states = saved.states, gradient_moments = saved.moments, state_units = saved.state_units, moment_units = saved.moment_units;
     }
     column = arena.take<float2>(heads * z.tokens);
+    const int64_t count = anchor_count(z), kept = shape.saved ? 0 : count * heads;
+    kept_states = arena.take<__half>(kept * state_size(z)), kept_moments = arena.take<__half>(kept * z.padded_d * z.padded_d);
+    kept_state_units = arena.take<int>(kept), kept_moment_units = arena.take<int>(kept);
+    before = shape.saved ? AnchorStates{saved.states, saved.moments, saved.state_units, saved.moment_units, anchor_chunks(z), anchor_chunks(z)}
+                         : AnchorStates{kept_states, kept_moments, kept_state_units, kept_moment_units, 0, 1};
+    anchors = arena.take<double>(count * heads * anchor_parts(z));
     gate_sums = arena.take<GateSums>(heads * z.chunks);
   }
 };
@@ -48,6 +59,14 @@ struct BackwardWorkspace {
 /* Whether a gradient of k or v is one piece of memory that bulk copies can read. */
 bool whole(const PowerArray &x, int64_t heads, int64_t size) {
   return x.stride[3] == 1 && (heads == 1 || x.stride[2] == size) && x.stride[1] == heads * size && (reinterpret_cast<uintptr_t>(x.data) & 15) == 0;
+}
+
+/* Of an array [chunk][`count`] what belongs to the anchors' chunks, one behind another. */
+template <typename T>
+cudaError_t keep_for_anchors(const Sizes &z, T *kept, const T *array, int64_t count, cudaStream_t stream) {
+  const int stride = anchor_chunks(z);
+  const size_t bytes = count * sizeof(T);
+  return cudaMemcpy2DAsync(kept, bytes, array + stride * count, stride * bytes, bytes, anchor_count(z), cudaMemcpyDeviceToDevice, stream);
 }
 
 template <typename In>
@@ -58,6 +77,7 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
   const Maxima maxima{x.maxima, x.maxima + heads, w.maxima, w.maxima + heads, w.maxima + 2 * heads};
   const float *s0 = floats(a.s0), *z0 = floats(a.z0);
   const int normalize = shape.normalize;
+  const bool anchored = a.dlog_g.data != nullptr && anchor_count(z) > 0;
 
   if (cudaError_t error = cudaMemsetAsync(w.maxima, 0, 3 * heads * sizeof(unsigned), stream)) return error;
   if (!shape.saved)
@@ -80,6 +100,12 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
                                    w.moment_weights, maxima, s0 != nullptr, normalize};
   if (cudaError_t error = dispatch_sizes(z, [&](auto d, auto e) { return GradientLaunch<In, d.value, e.value>::q(gradient_q, stream); })) return error;
 
+  if (anchored && !shape.saved) {
+    if (cudaError_t error = keep_for_anchors(z, w.kept_states, x.states, heads * state_size(z), stream)) return error;
+    if (cudaError_t error = keep_for_anchors(z, w.kept_moments, x.moments, heads * z.padded_d * z.padded_d, stream)) return error;
+    if (cudaError_t error = keep_for_anchors(z, w.kept_state_units, x.state_units, heads, stream)) return error;
+    if (cudaError_t error = keep_for_anchors(z, w.kept_moment_units, x.moment_units, heads, stream)) return error;
+  }
   const float *ds = floats(a.ds), *dz = floats(a.dz);
   const StateStore states = w.first_lent < z.chunks ? lent_states(z, w.gradient_states, w.first_lent, a.dk, a.dv) : StateStore{w.gradient_states};
   const int64_t state_rows = int64_t(z.pairs) * 64;
@@ -93,6 +119,11 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
                               2 * Q_RANGE + DY_RANGE + 1, 2 * Q_RANGE + 7, STATE_GRADIENT_SHIFT};
     if (cudaError_t error = update_state(update, stream)) return error;
   }
+  if (anchored) { /* before dk and dv take the memory they lent */
+    const AnchorParams anchor{z, w.before, states, w.gradient_moments, w.state_units, w.moment_units, maxima, w.anchors};
+    anchor_kernel<<<dim3(anchor_parts(z), anchor_count(z), unsigned(heads)), GATE_THREADS, 0, stream>>>(anchor);
+    if (cudaError_t error = cudaGetLastError()) return error;
+  }
   const auto gradient_kv = [&](int first, int chunks) {
     const GradientKVParams p{z, make_view(a.k), make_view(a.v), make_view(a.dk), make_view(a.dv), w.q, w.dy, w.gradient_moments, states, w.state_units,
                              w.moment_units, x.gates, w.rows, maxima, w.column, first, chunks, ds != nullptr};
@@ -103,7 +134,7 @@ cudaError_t run(const PowerAttentionShape &shape, const PowerAttentionArrays &a,
   if (cudaError_t error = gradient_kv(0, w.first_lent)) return error;
   if (a.dlog_g.data != nullptr) {
     const GateGradientParams gate{z, make_view(a.log_g), w.column, w.rows.row_part, w.rows.state_part, normalize, s0, z0,
-                                  floats(a.ds0), floats(a.dz0), w.gate_sums, ds == nullptr, floats(a.dlog_g),
+                                  floats(a.ds0), floats(a.dz0), w.gate_sums, w.anchors, ds == nullptr, floats(a.dlog_g),
                                   a.dlog_g.stride[0], a.dlog_g.stride[1], a.dlog_g.stride[2]};
     const dim3 grid(z.chunks, unsigned(heads));
     gate_sums_kernel<<<grid, GATE_THREADS, 0, stream>>>(gate);

@@ -1,4 +1,4 @@
-/* Scaling of the backward pass, and its small kernels.
+/* Scaling of the backward pass, and its first kernel. (That of the gates' gradient: chunked_gate_gradient.cuh.)
  *
  * With L the loss, D = dy^ = dy · 2^δ (per key-value head; with normalize = 0 also times den_i · ∂y/∂num_i, a row's own factor, so that
  * the formulas below serve both), ΔD_i = <D_i, y^_i> (0 with normalize = 0) and everything in units of 2^−(δ + ν):
@@ -7,8 +7,7 @@
  *   P_ij / den_i = s~² γ h_i,   ds~_ij = 2 s~ γ h_i (<D_i, v^_j> − ΔD_i),   dq~_i = Σ_j ds~ k^_j,  dk^_j = Σ_i ds~ q~_i,  dv^_j = Σ_i P/den D_i
  * and through the state, with w_i = 2^(chunk_prefix_i) h_i:  dS = Σ w_i ψ(q~_i) D_i,  dM = −Σ w_i ΔD_i q~_i q~_iᵀ.
  *
- * prepare_backward_kernel               block (tile, query head): den, ΔD, h, l per token, range of D; writes q~.
- * gate_sums_kernel, gate_gradient_kernel  block (chunk, key-value head): dlog_g by a running sum of ½ <k, dk> − (row part).
+ * prepare_backward_kernel  block (tile, query head): den, ΔD, h, l per token, range of D; writes q~.
  */
 #pragma once
 #include "chunked_stage.cuh"
@@ -142,120 +141,6 @@ __global__ void __launch_bounds__(PREPARE_THREADS) prepare_backward_kernel(const
 #pragma unroll
     for (int i = 0; i < PIECES; i++)
       *reinterpret_cast<uint4 *>(out + i * TILE_BYTES + swizzled(row, part)) = to_half<In>(q[pass][i], q_factors[row]);
-  }
-}
-
-struct GateSums {
-  double terms, state_terms, start; /* Σ terms; Σ of their parts through the state; share of <ds0, s0> + <dz0, z0> */
-  double cuts;                      /* gates that cut (CUT) */
-};
-
-struct GateGradientParams {
-  Sizes z;
-  View log_g;
-  const float2 *column;           /* ½ <k_j, dk_j> per key-value head and token: all of it, and what comes through the state */
-  const float *row, *row_state;   /* row parts per query head and token; the first is read with normalize = 0 */
-  int normalize;
-  const float *s0, *z0, *ds0, *dz0; /* may be null */
-  GateSums *sums;                   /* [key-value head][chunk] */
-  int closed;                       /* nothing follows the last token: the sum must end at 0 */
-  float *dlog_g;
-  int64_t batch, time, head;
-};
-
-constexpr int GATE_THREADS = 256;
-/* A gate below this lets nothing through that a float16 sum would show: its own gradient is 0, and sums start again behind it. */
-constexpr float CUT = -18.f;
-
-__device__ __forceinline__ bool gate_cuts(const GateGradientParams &p, int kv, int token) {
-  const float *log_g = reinterpret_cast<const float *>(p.log_g.data);
-  return log_g[kv / p.z.h_kv * p.log_g.batch + token * p.log_g.time + kv % p.z.h_kv * p.log_g.head] < CUT;
-}
-
-/* What token j adds to the running sum: by way of all pairs (x), and of those that go through a state (y). */
-__device__ __forceinline__ double2 gate_term(const GateGradientParams &p, int kv, int token) {
-  float row = 0.f, row_state = 0.f;
-  for (int member = 0; member < p.z.group; member++) {
-    const int64_t at = int64_t(kv * p.z.group + member) * p.z.tokens + token;
-    if (!p.normalize) row += p.row[at];
-    row_state += p.row_state[at];
-  }
-  const float2 column = p.column[int64_t(kv) * p.z.tokens + token];
-  return make_double2(double(column.x) - row, double(column.y) - row_state);
-}
-__device__ __forceinline__ double block_sum(double x) {
-  __shared__ double partial[GATE_THREADS / 32];
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
-  if ((threadIdx.x & 31) == 0) partial[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = 0.;
-  for (int i = 0; i < GATE_THREADS / 32; i++) x += partial[i];
-  __syncthreads();
-  return x;
-}
-
-/* dlog_g_l = Σ over pairs (i ≥ l > j) of ∂L/∂w_ij w_ij = <ds0, s0> + <dz0, z0> + Σ_{j < l} (½ <k_j, dk_j> − row part of j): what tokens
- * before l gave to later rows, less what their own rows took. With normalize the row part, <dnum, num> + dden · den, is 0.
- * Summed over all of t, rounding errors would grow with √t. So chunk ends come from the parts through the state alone, to which pairs inside a
- * chunk add nothing; the last of them is 0 when no gradient arrives behind it, and what misses 0 is spread over the chunks. Between two chunk
- * ends the full terms are summed, and what misses the second end is spread over the chunk. Gates that cut (mixed with weak ones, where sums over a
- * chunk would drown the few pairs behind each) start the sum anew at 0.
- * First pass: each chunk's sums, and its share of the products of states. */
-static __global__ void __launch_bounds__(GATE_THREADS) gate_sums_kernel(const __grid_constant__ GateGradientParams p) {
-  const int chunk = blockIdx.x, kv = blockIdx.y, first = chunk * p.z.chunk, last = min(first + p.z.chunk, p.z.t);
-  double sum = 0., state_sum = 0., start = 0., cuts = 0.;
-  for (int token = first + threadIdx.x; token < last; token += GATE_THREADS) {
-    const double2 term = gate_term(p, kv, token);
-    sum += term.x, state_sum += term.y, cuts += gate_cuts(p, kv, token);
-  }
-  if (p.s0 != nullptr) {
-    const int64_t rows = int64_t(p.z.pairs) * 64;
-    for (int64_t i = chunk * GATE_THREADS + threadIdx.x; i < rows * p.z.e; i += gridDim.x * GATE_THREADS)
-      start += double(p.s0[kv * rows * p.z.e + i]) * p.ds0[kv * rows * p.z.e + i];
-    for (int64_t i = chunk * GATE_THREADS + threadIdx.x; i < rows; i += gridDim.x * GATE_THREADS)
-      start += double(p.z0[kv * rows + i]) * p.dz0[kv * rows + i];
-  }
-  sum = block_sum(sum), state_sum = block_sum(state_sum), start = block_sum(start), cuts = block_sum(cuts);
-  if (threadIdx.x == 0) p.sums[kv * p.z.chunks + chunk] = GateSums{sum, state_sum, start, cuts};
-}
-
-/* Second pass: the running sum through a chunk. */
-static __global__ void __launch_bounds__(GATE_THREADS) gate_gradient_kernel(const __grid_constant__ GateGradientParams p) {
-  __shared__ double warp_sum[GATE_THREADS / 32];
-  __shared__ bool warp_cut[GATE_THREADS / 32];
-  const int chunk = blockIdx.x, kv = blockIdx.y, batch = kv / p.z.h_kv, kv_head = kv % p.z.h_kv;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, first = chunk * p.z.chunk, last = min(first + p.z.chunk, p.z.t);
-  const GateSums *sums = p.sums + kv * p.z.chunks;
-  double running = 0., end = 0.;
-  for (int i = threadIdx.x; i < p.z.chunks; i += GATE_THREADS)
-    running += sums[i].start + (i < chunk ? sums[i].state_terms : 0.), end += sums[i].start + sums[i].state_terms;
-  running = block_sum(running), end = block_sum(end);
-  const double chunk_correction = p.closed ? -end / p.z.chunks : 0.;
-  running += chunk_correction * chunk;
-  const double missing = sums[chunk].state_terms + chunk_correction - sums[chunk].terms;
-  const double correction = sums[chunk].cuts > 0. ? 0. : missing / (last - first);
-  for (int block = first; block < last; block += GATE_THREADS) {
-    const int token = block + threadIdx.x;
-    const double term = token < last ? gate_term(p, kv, token).x + correction : 0.;
-    double sum = term; /* since the last cut, or the warp's first token */
-    bool cut = token < last && gate_cuts(p, kv, token);
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const double below = __shfl_up_sync(~0u, sum, offset);
-      const bool cut_below = __shfl_up_sync(~0u, cut, offset);
-      if (lane >= offset) sum += cut ? 0. : below, cut |= cut_below;
-    }
-    if (lane == 31) warp_sum[warp] = sum, warp_cut[warp] = cut;
-    __syncthreads();
-    double before = running;
-    for (int i = 0; i < GATE_THREADS / 32; i++) {
-      if (i < warp) before = warp_cut[i] ? warp_sum[i] : before + warp_sum[i];
-      running = warp_cut[i] ? warp_sum[i] : running + warp_sum[i];
-    }
-    if (cut) before = 0.;
-    if (token < last) p.dlog_g[batch * p.batch + token * p.time + kv_head * p.head] = float(before + sum - term);
-    __syncthreads();
   }
 }
 

@@ -54,7 +54,7 @@ inline Sizes make_sizes(const PowerAttentionShape &s) {
   Sizes z;
   z.b = int(s.b), z.t = int(s.t), z.h_q = int(s.h_q), z.h_kv = int(s.h_kv), z.d = int(s.d), z.e = int(s.e);
   z.group = z.h_q / z.h_kv;
-  z.chunk = chunk_length(s.t, z.d, z.e);
+  z.chunk = chunk_length(s.t, z.d, z.e, s.dtype == POWER_FLOAT16);
   z.chunks = (z.t + z.chunk - 1) / z.chunk;
   z.chunk_tiles = z.chunk / TILE, z.tiles = z.chunks * z.chunk_tiles, z.tokens = int64_t(z.tiles) * TILE;
   z.measure_rows = z.chunk % 256 == 0 ? 256 : 192;

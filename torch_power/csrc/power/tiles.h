@@ -30,15 +30,20 @@ constexpr int loader_registers(int warpgroups) { return warpgroups == 2 ? 40 : 3
 
 /* Chunk length. Per token and head the sum inside a chunk costs c/2 · (d + e) and the two state products 2 · D · e, so c only has to stay
  * well under 4D; each chunk also writes and reads a state of 2 · D · e bytes. Lengths are multiples of the rows of query and gradient blocks: 256 and
- * 192 for d, e ≤ 64, else 128. d = e = 64, t = 65536, 8 heads: 768 took 3 % less time than 1024, and a third more memory for states. */
-inline int chunk_length(int64_t t, int d, int e) {
+ * 192 for d, e ≤ 64, else 128. d = e = 64, t = 65536, 8 heads: 768 took 3 % less time than 1024, and a third more memory for states.
+ * d = 128 (D = 8704, a state is 2.2 MB): 1024, 2048 and 4096 take as long, but dlog_g, whose running sum errs by the roundings of a chunk's tokens, is off by
+ * 1.9e-3, 2.7e-3 and 3.2e-3; float16's bound is 2e-3 and bfloat16's 5e-3. Memory at t = 65536, 8 heads: 3.3, 2.2, 1.9 GB. */
+inline int chunk_length(int64_t t, int d, int e, bool float16) {
   if (d <= 64 && e <= 64) return 768;
   if (t <= 256) return 256;
-  if (t <= 1024) return 512;             /* short sequences need blocks to fill the chip */
-  if (d > 64 && t >= 16384) return 4096; /* D = 8704: a state is 2.2 MB, 1/4 the memory of 1024 */
-  if (d > 64) return 1024;
-  return t >= 16384 ? 2048 : 1024;
+  if (t <= 1024) return 512; /* short sequences need blocks to fill the chip */
+  return t >= 16384 && !float16 ? 2048 : 1024;
 }
+
+/* Tokens after which the running sum behind dlog_g starts anew from the states (chunked_gate_gradient.cuh). Its rounding errors walk: at d = 64, t = 65536 and
+ * 262144 dlog_g was off by 3.2e-3 and 8.0e-3 without, is by 1.7e-3 and 2.1e-3 every 16384 tokens, 1.4e-3 and 1.5e-3 every 3072 (float16's bound is 2e-3). A
+ * start reads a state and a gradient, 0.6 MB a head at d = e = 64: 0.01 of 3.3 ms at the flagship. */
+constexpr int ANCHOR_TOKENS = 3072;
 
 /* State gradients move into dk and dv (chunked_host.cuh) where that saves this much memory: dk and dv then take a second launch. */
 constexpr int64_t LENT_BYTES = 32 << 20;
