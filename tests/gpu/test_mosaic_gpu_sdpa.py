@@ -133,7 +133,7 @@ def test_matrix(case, dtype):
     ("d", "e", "options"),
     [
         (64, 64, {}), (128, 128, {}), (256, 256, {}), (64, 128, {"window": (200, 31)}), (128, 128, {"bias": "ts"}),
-        (256, 192, {"bias": "t"}),
+        (256, 192, {"bias": "s"}),
     ],
 )  # fmt: skip
 def test_more_items_than_multiprocessors(d, e, options):
