@@ -16,10 +16,10 @@ inline bool make_map(CUtensorMap *map, const PowerArray &a, int64_t b, int64_t h
 }
 
 /* The deck of a kernel whose blocks hold `rows` rows of a head. Heads are dealt in equal groups, as in power attention: small
- * enough that what streams past a group is read from memory once, large enough that its ragged end costs little. */
-inline Deck make_deck(const Call &call, int *dealt, int64_t t, int rows, int64_t heads, bool longest_last) {
+ * enough that what streams past a group is read from memory once, large enough that its ragged end costs little; or, `spread`, one by one. */
+inline Deck make_deck(const Call &call, int *dealt, int64_t t, int rows, int64_t heads, bool longest_last, bool spread = false) {
   const int64_t tiles = (t + rows - 1) / rows, all = call.shape.b * heads, busy = std::clamp<int64_t>(tiles / 4, 2, 6);
-  const int64_t groups = (all - 1) / (busy * call.multiprocessors / std::max<int64_t>(tiles, 1) + 1) + 1;
+  const int64_t groups = spread ? all : (all - 1) / (busy * call.multiprocessors / std::max<int64_t>(tiles, 1) + 1) + 1;
   return Deck(int(tiles), int(heads), int(call.shape.b), int((all + groups - 1) / groups), longest_last, dealt);
 }
 
