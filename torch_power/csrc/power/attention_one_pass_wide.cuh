@@ -143,9 +143,10 @@ __device__ __forceinline__ void put_gradient(WideSmem<T, kD> &smem, RingPosition
 }
 
 __device__ __forceinline__ int load_volatile(const volatile int &x) { return x; }
-                                             
-                                             template <typename T, int kD, int kDeg>
-                                             __device__ __forceinline__ void wide_sum(WideSmem<T, kD> &smem, const OnePassProblem &p, int group) {
+
+/* A warpgroup with 64 of the keys. */
+template <typename T, int kD, int kDeg>
+__device__ __forceinline__ void wide_sum(WideSmem<T, kD> &smem, const OnePassProblem &p, int group) {
   const Fragment at(threadIdx.x % kWarpgroup);
   const uint32_t k_smem = smem_address(smem.k[group]), v_smem = smem_address(smem.v[group]);
   RingPosition<2> ring, slot;
