@@ -79,7 +79,8 @@ def gradient_kv(
 
     def gradient_kv_kernel(q_gmem: Any, dy_gmem: Any, k_gmem: Any, v_gmem: Any, *refs: Any) -> None:
         columns_gmem, total_gmem, finish_gmem, rows_gmem, *others = refs
-        states_gmem, moments_gmem = others[:2] if has_states else (None, None)
+        held: Any = others[:2] if has_states else (None, None)
+        states_gmem, moments_gmem = held
         dk_gmem, dv_gmem, sums_gmem, scratch = others[-4:]
         k_smem, v_smem, factors_smem, vectors_smem, state_smem, q_smem, dy_smem, columns_smem, *others = scratch
         rows_full, state_full, state_empty, queries_full, queries_empty = others[-5:]
@@ -264,7 +265,7 @@ def gradient_kv(
                 pl.when(i >= query_stages)(lambda: plgpu.barrier_wait(queries_empty.at[lax.rem(i, jnp.int32(query_stages))]))
                 load_queries(i)
 
-    arrays = [q, dy, keys.k, keys.v, jnp.stack(columns), gates.tile_total, finish, jnp.stack(vectors)]
+    arrays: list[Any] = [q, dy, keys.k, keys.v, jnp.stack(columns), gates.tile_total, finish, jnp.stack(vectors)]
     arrays += [states, moments] if has_states else []
     run = compat.kernel(
         gradient_kv_kernel,

@@ -248,7 +248,7 @@ def gradient_q(
                 pl.when(i >= key_stages)(lambda: plgpu.barrier_wait(keys_empty.at[lax.rem(i, jnp.int32(key_stages))]))
                 load_keys(i)
 
-    arrays = [q, dy, keys.k, keys.v, gates.tile_decay, gates.tile_total, jnp.stack(vectors)]
+    arrays: list[Any] = [q, dy, keys.k, keys.v, gates.tile_decay, gates.tile_total, jnp.stack(vectors)]
     arrays += [states, moments] if has_states else []
     run = compat.kernel(
         gradient_q_kernel,

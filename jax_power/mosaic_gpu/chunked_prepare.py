@@ -152,7 +152,7 @@ def scan_moments(
     start = None
     if first is not None and largest is not None:
         start = first, jnp.stack([most * 2.0**-power for most, power in zip(largest, bits, strict=True)], 1)
-    most = jnp.zeros_like(bound, shape=(2,)) + np.float32([2.0 ** (tiles.STATE_RANGE - power) for power in bits])
+    most = jnp.zeros_like(bound, shape=(2,)) + np.array([2.0 ** (tiles.STATE_RANGE - power) for power in bits], np.float32)
     moments, last, factors = scan(x, jnp.exp2(log_decay), bound, start, walk_of(log_decay, reverse=reverse), most)
     return Moments(moments, last, factors[..., 0], factors[..., 1])
 
