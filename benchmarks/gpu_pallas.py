@@ -5,8 +5,9 @@
 bfloat16, causal, p = 2: `jax_power.power_attention` with implementation="mosaic_gpu" and "cuda_ffi", and
 `jax.nn.dot_product_attention(implementation="cudnn")` on the same q, k, v (softmax has no gates), each as one compiled program
 forward and one with gradients. `kernel_ms` is the time of all kernels of a program by CUPTI, `kernels` lists them; `wall_ms`
-is that of calls issued one after the other; medians. `trace_s` and `compile_s` are what the first call with gradients costs;
-the first contestant of a group is traced by itself, the others beside each other. A contestant whose result is wrong has no
+is that of calls issued one after the other; medians. `trace_s` and `compile_s` are what the first call with gradients costs:
+of the first contestant of a group, if the group is run by itself (else groups and contestants are compiled beside each other,
+which slows each down). A contestant whose result is wrong has no
 time: y and every gradient of a whole head against float64 (benchmarks/gpu.py). About 90 s for everything.
 """
 
@@ -100,10 +101,8 @@ def prepare(name: str, shape: Shape) -> Programs:
         return step(), time.perf_counter() - start
 
     lowered, trace_s = timed(lambda: jax.jit(differentiate).lower(*inputs))
-    with ThreadPoolExecutor(1) as pool:
-        compiling = pool.submit(timed, lowered.compile)
-        forward = jax.jit(attend).lower(*inputs[:-1]).compile()
-        both, compile_s = compiling.result()
+    both, compile_s = timed(lowered.compile)
+    forward = jax.jit(attend).lower(*inputs[:-1]).compile()
     return Programs(name, shape, inputs, forward, both, {"trace_s": trace_s, "compile_s": compile_s})
 
 

@@ -121,7 +121,7 @@ def test_gates_of_a_very_long_sequence(t: int, d: int, dtype: str) -> None:
     [
         {"h_q": 4, "initial_state": True, "return_state": True},
         {"normalize": False, "return_state": True},
-        {"d": 40, "e": 24, "gates": "mixed"},
+        {"d": 40, "e": 24},
         {"d": 128, "e": 128, "h_q": 1, "h_kv": 1},
     ],
     ids=str,
