@@ -179,7 +179,8 @@ def contestants(shapes: Sequence[Shape]) -> list[tuple[str, Shape]]:
 
 
 def measure_group(name: str, output: pathlib.Path, lock: IO[str]) -> None:
-    """Compiles the programs of a group, and then measures them: one group at a time, while others may still compile."""
+    """Compiles the programs of a group, and then, when no group compiles any more, measures them: one group at a time."""
+    fcntl.flock(lock, fcntl.LOCK_SH)
     first, *others = contestants(SHAPES[name])
     programs = [prepare(*first)]
     with ThreadPoolExecutor(8) as pool:

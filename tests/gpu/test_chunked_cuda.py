@@ -100,8 +100,9 @@ def errors_against_float64(case: cases.Case, arrays: dict[str, torch.Tensor], go
     return {name: float((got[name].double() - x).norm() / x.norm()) for name, x in want.items()}
 
 
+# The float64 reference takes 30 s at 1048576 and 20 GB at d = 128.
 VERY_LONG = [
-    (262144, 64, "bfloat16"), (1048576, 64, "bfloat16"), (262144, 128, "bfloat16"),
+    (262144, 64, "bfloat16"), (1048576, 64, "bfloat16"), (131072, 128, "bfloat16"),
     (131072, 64, "float16"), (65536, 128, "float16"),
 ]  # fmt: skip
 
