@@ -253,10 +253,15 @@ def test_blocks_with_several_items_match_oracle(size, monkeypatch):
 
 @needs_interpreter
 def test_a_stage_released_without_a_fence_is_found():
-    """Loads from shared memory and the copy engine's next write are ordered by `release_loaded` alone."""
+    """Loads from shared memory and the copy engine's next write are ordered by the fence of `Ring.release` alone."""
     dtype, case = INTERPRETED[0]
+    release = sdpa_block.Ring.release
+
+    def without_fence(ring, n, *, loaded=False):
+        release(ring, n)
+
     with pytest.raises(Exception, match="RACE DETECTED"):
-        run_interpreted(case, dtype, case.make(dtype), (sdpa_block, "release_loaded", sdpa_block.Ring.release))
+        run_interpreted(case, dtype, case.make(dtype), (sdpa_block.Ring, "release", without_fence))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def gradient_bias(call: SdpaCall, tiles: sdpa_tiles.Backward, operands: Operands
 
                 tile = Accumulator((ROWS, width), jnp.float32)
                 p, dp = pl.run_scoped(products, tile, tile)
-                sdpa_block.release_loaded(ring, n)
+                ring.release(n, loaded=True)
                 return dbias + p * dp
 
             dbias = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), WGMMA)

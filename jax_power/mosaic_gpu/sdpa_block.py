@@ -106,16 +106,6 @@ def fill(ring: Ring, n: Array, copies: Sequence[tuple[Any, Any]]) -> None:
         plgpu.copy_gmem_to_smem(source, smem.at[slot], ring.full.at[slot])
 
 
-def release_loaded(ring: Ring, n: Array) -> None:
-    """Release a tile that was not only an operand of products, but also loaded into registers; nothing for n = −1.
-
-    The next tile is written by the copy engine, through another proxy than loads read through, and a barrier alone does not
-    order the two: without the fence, JAX's interpreter reports a race. (Products read as the copy engine writes.)
-    """
-    plgpu.commit_smem()
-    ring.release(n)
-
-
 def store(smem: Any, value: Array, gmem: Any) -> None:
     """Write through shared memory to device memory; `plgpu.wait_smem_to_gmem` is the end of it."""
     smem[...] = value

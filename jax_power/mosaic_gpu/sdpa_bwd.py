@@ -102,7 +102,7 @@ def gradient_q(call: SdpaCall, tiles: sdpa_tiles.Backward, operands: Operands, *
                     # S is there, so dQ of the tile before, which was issued earlier, is too.
                     own_tiles = [x.at[slot, pl.ds(group * ROWS, ROWS)] for x in smem["extras"]]
                     if ring > 1:
-                        (sdpa_block.release_loaded if own_tiles else Ring.release)(k_ring, n - 1)
+                        k_ring.release(n - 1, loaded=bool(own_tiles))
                     p = jnp.exp2(extras.add(s, batch, head, row_extras, pl.ds(i * width, width), own_tiles))
                     seen = visible.mask(own_row, i * width, p.shape) if masked else None
                     return p if seen is None else jnp.where(seen, p, 0.0), dp_acc[...]
@@ -212,7 +212,7 @@ def gradient_kv(
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=0) * factor + statistic(0)
                     # All products have been waited for, so the tile before is done with.
                     if ring > 1:
-                        sdpa_block.release_loaded(q_ring, n - 1)
+                        q_ring.release(n - 1, loaded=True)
                     own_tiles = [x.at[slot, pl.ds(group * ROWS, ROWS)] for x in smem["extras"]]
                     p = jnp.exp2(extras.add(s, batch, head, row_extras, pl.ds(i * width, width), own_tiles))
                     seen = visible.mask(i * width, own_col, p.shape, keys_first=True) if masked else None
@@ -283,11 +283,11 @@ def _release_last(ring: Ring, n: Array) -> None:
     """With one stage: nothing is in flight under the next tile, since that takes this one's place."""
     if ring.stages == 1:
         plgpu.wgmma_wait(0)
-        sdpa_block.release_loaded(ring, n)
+        ring.release(n, loaded=True)
 
 
 def _pass_over(ring: Ring, n: Array) -> None:
     """What a step does, for a tile that this warpgroup does not need: wait for it, and release what products are done with."""
     ring.await_full(n)
     plgpu.wgmma_wait(0)
-    sdpa_block.release_loaded(ring, n if ring.stages == 1 else n - 1)
+    ring.release(n if ring.stages == 1 else n - 1, loaded=True)

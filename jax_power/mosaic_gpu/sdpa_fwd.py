@@ -138,7 +138,7 @@ def forward(
                     s = s * (call.scale * LOG2_E)
                 own_tiles = [tile.at[k_ring.slot(n), part] for tile in smem["extras"]]
                 s = added.add(s, batch, head, row_extras, pl.ds(i * width, width), own_tiles)
-                (sdpa_block.release_loaded if own_tiles else Ring.release)(k_ring, n)
+                k_ring.release(n, loaded=bool(own_tiles))
                 seen = visible.mask(own_row, i * width, s.shape) if masked else None
                 return s if seen is None else jnp.where(seen, s, -jnp.inf)
 
@@ -215,7 +215,7 @@ def forward(
                 sdpa_block.store(out_smem, left_over.astype(dtype), rest_gmem[0].at[batch, own_at, head])
             if not tiles.apart:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                sdpa_block.release_loaded(q_ring, x.number)
+                q_ring.release(x.number, loaded=True)
 
         sdpa_block.part(tiles, load, attend)
 
